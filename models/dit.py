@@ -1,0 +1,236 @@
+"""Dense DiT: the backbone, the method `dense`, and the base class of every other method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import (
+    Block,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbedder,
+    Plan,
+    TimestepEmbedder,
+    position_embedding,
+)
+from models.weights import DenseRules, Rows
+from runtime.config import InputError, nearest
+from runtime.seeding import Keys, uniform
+
+SIZES = {"T": (48, 8, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+"""Width, depth, heads. T is the debug size, for tests."""
+
+BACKBONES = ["DiT-T/2", *(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))]
+
+Draws = Mapping[str, Tensor]
+"""Random tensors of one training step, by name, each with the batch as its first dimension."""
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The sizes of a DiT, whatever method runs on it."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    latent_size: tuple[int, int]  # height, width
+    in_channels: int = 4
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    mlp_ratio: float = 4.0
+    label_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "depth", "num_heads", "patch_size", "in_channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise InputError(f"hidden size {self.hidden_size} must be a multiple of 4 and of the {self.num_heads} heads.")
+        if min(self.latent_size) < 1 or any(side % self.patch_size for side in self.latent_size):
+            height, width = self.latent_size
+            raise InputError(
+                f"a latent of {height} x {width} cannot be cut into patches of {self.patch_size}; choose another "
+                "--image-size or a --model with another patch size."
+            )
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        latent_size: tuple[int, int],
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        label_drop: float = 0.1,
+    ) -> Backbone:
+        """A published size ("DiT-XL/2") or one in numbers: "DiT-96x8x4/1" is width 96, depth 8, 4 heads, patch 1."""
+        numbers = re.fullmatch(r"DiT-(\d+)x(\d+)x(\d+)/(\d+)", name)
+        if name in BACKBONES:
+            size, _, patch = name.removeprefix("DiT-").partition("/")
+            sizes = (*SIZES[size], int(patch))
+        elif numbers:
+            width, depth, heads, patch_size = map(int, numbers.groups())
+            sizes = (width, depth, heads, patch_size)
+        else:
+            hint = nearest(name, BACKBONES).rstrip(".")
+            raise InputError(f"--model {name!r} is not known{hint} (or in numbers: DiT-WIDTHxDEPTHxHEADS/PATCH).")
+        return cls(
+            *sizes,
+            latent_size=latent_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            label_drop=label_drop,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the full token map."""
+        return self.latent_size[0] // self.patch_size, self.latent_size[1] // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def out_channels(self) -> int:
+        """Noise channels, then, with learned sigma, as many variance channels."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """The dense DiT has nothing to choose."""
+
+
+class DiT(nn.Module):
+    """Dense DiT. Subclasses replace the blocks and how tokens run through them; embedding, output and interface stay."""
+
+    options_type: ClassVar[type] = DenseOptions
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    """Training settings the method's paper changes; below a YAML file and flags in precedence."""
+
+    def __init__(self, backbone: Backbone, options: Any = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.options = self.resolve(options or self.options_type(), backbone)
+        width, patch = backbone.hidden_size, backbone.patch_size
+        self.x_embedder = PatchEmbedder(patch, backbone.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(backbone.num_classes, width)
+        # A parameter without gradient, as in DiT: it stands in checkpoints and in the published parameter counts.
+        self.pos_embed = nn.Parameter(torch.empty(1, backbone.tokens, width), requires_grad=False)
+        self.blocks = nn.ModuleList(self.build_blocks())
+        self.final_layer = FinalLayer(width, patch, backbone.out_channels)
+        self.initialize_weights()
+
+    # What a method replaces ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def resolve(cls, options: Options, backbone: Backbone) -> Options:
+        """`options` with every default filled in for `backbone`; InputError where they do not fit it."""
+        return options
+
+    def build_blocks(self) -> Iterator[nn.Module]:
+        """The blocks in the order in which they run, one per layer of the backbone."""
+        backbone = self.backbone
+        for _ in range(backbone.depth):
+            yield Block(backbone.hidden_size, backbone.num_heads, backbone.mlp_ratio)
+
+    def run_blocks(self, tokens: Tensor, condition: Tensor, plan: Plan, draws: Draws | None) -> Tensor:
+        """tokens (N, T, D), condition (N, D) -> (N, T, D)"""
+        for block in self.blocks:
+            tokens = block(tokens, None, block.adaLN_modulation(condition))  # (N, T, D)
+        return tokens
+
+    def block_macs(self, plan: Plan) -> int:
+        """Multiply-accumulates of all blocks for one image."""
+        return sum(block.macs(self.backbone.tokens) for block in self.blocks)
+
+    def plan(self, t: int) -> Plan:
+        """What the step at the original timestep t (0 .. 999) computes."""
+        return Plan()
+
+    def guidance_plans(self, t: int) -> tuple[Plan, Plan]:
+        """Plans of the conditional and the unconditional half; equal plans let both halves run as one batch."""
+        return self.plan(t), self.plan(t)
+
+    def draw(self, keys: Keys) -> dict[str, Tensor]:
+        """Everything random in one training pass: here, which labels become the null class. label_drop: (N,) bool"""
+        return {"label_drop": uniform(keys, "label drop") < self.backbone.label_drop}
+
+    def training_forward(
+        self, x: Tensor, t: Tensor, y: Tensor, draws: Draws
+    ) -> tuple[dict[str, tuple[Tensor, float]], dict[str, Tensor]]:
+        """Outputs to which the objective applies, each with its weight, and features for `extra_losses`."""
+        return {"denoising": (self(x, t, y, draws=draws), 1.0)}, {}
+
+    def extra_losses(self, features: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Scalar losses of the method itself, already weighted, by name."""
+        return {}
+
+    @classmethod
+    def recognize(cls, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Mapping[str, Any]] | None:
+        """(layout name, options) when a checkpoint with these keys was made by this method, else None."""
+        return ("DiT", {}) if "blocks.0.attn.qkv.weight" in shapes else None
+
+    def layout_names(self, layout: str) -> dict[str, str]:
+        """Our key -> the key in `layout`, for every key of the network."""
+        return {key: key for key in self.state_dict()}
+
+    def dense_rules(self) -> DenseRules:
+        """Where each key comes from when a dense DiT is converted."""
+        return DenseRules(sources={key: Rows(key) for key in self.state_dict()})
+
+    # What all methods share ------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, plan: Plan | None = None, draws: Draws | None = None) -> Tensor:
+        """Latents, timesteps, labels -> noise prediction, then variance channels when sigma is learned.
+
+        x (N, C, H, W); t (N,), 0 .. 999; y (N,) int64, `num_classes` is the null class -> (N, out_channels, H, W)
+        """
+        tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        labels = self.y_embedder(y, None if draws is None else draws["label_drop"])  # (N, D)
+        condition = self.t_embedder(t) + labels  # (N, D)
+        tokens = self.run_blocks(tokens, condition, plan or self.plan(0), draws)  # (N, T, D)
+        return self.unpatchify(self.final_layer(tokens, condition))  # (N, out_channels, H, W)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(N, T, p p C), channels last inside a patch -> (N, C, H, W)"""
+        (rows, columns), patch = self.backbone.grid, self.backbone.patch_size
+        patches = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))  # (N, rows, columns, p, p, C)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, C, H, W)
+
+    def macs(self, plan: Plan | None = None) -> int:
+        """Multiply-accumulates of one forward pass for one image: everything, softmax attention included, guidance not."""
+        tokens = self.backbone.tokens
+        embedding = self.x_embedder.macs(tokens) + self.t_embedder.macs()
+        return embedding + self.block_macs(plan or self.plan(0)) + self.final_layer.macs(tokens)
+
+    def initialize_weights(self, linear_gain: float = 1.0) -> None:
+        """DiT's initialisation: the network starts as the zero function, each block as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gain=linear_gain)
+                nn.init.zeros_(module.bias)
+        self.pos_embed.data.copy_(position_embedding(self.backbone.hidden_size, self.backbone.grid))
+        # The patch embedding is a Linear on flattened patches in all but name.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.backbone.hidden_size, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+            nn.init.zeros_(module.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)

@@ -1,0 +1,214 @@
+"""The parts every method is built from: embedders, attention, feed-forward, modulation, the DiT block, the final layer.
+
+Parameter names are DiT's (Peebles & Xie 2023, arXiv 2212.09748), so its checkpoints load without renaming. `macs` beside a
+forward counts its multiply-accumulates for one image; the two are kept equal by `tests/models/test_registry.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCIES = 256
+"""Length of the sinusoidal timestep embedding."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one denoising step computes. `signature` is static and hashable (it keys a compiled graph); `tensors` are data."""
+
+    signature: tuple[Any, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+
+
+class PatchEmbedder(nn.Module):
+    """Latent -> one token per patch: a convolution whose stride is its kernel."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, C, H, W) -> (N, T, D)
+
+    def macs(self, tokens: int) -> int:
+        return tokens * self.proj.weight.numel()
+
+
+class TimestepEmbedder(nn.Module):
+    """Diffusion timestep -> vector: sinusoids of 128 frequencies, then a two-layer perceptron."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    @staticmethod
+    def sinusoids(t: Tensor) -> Tensor:
+        """t (N,), any number type -> (N, 256) float32: cosines, then sines, of t / 10000^(k / 128)."""
+        half = FREQUENCIES // 2
+        k = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(10000.0) / half * k)  # (N, 128)
+        return torch.cat((angles.cos(), angles.sin()), dim=1)  # (N, 256)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.sinusoids(t).to(self.mlp[0].weight.dtype))  # (N,) -> (N, D)
+
+    def macs(self) -> int:
+        return self.mlp[0].weight.numel() + self.mlp[2].weight.numel()
+
+
+class LabelEmbedder(nn.Module):
+    """Class label -> vector. Row `num_classes` is the null class, which guidance and label drop use."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
+        """y (N,) int64; drop (N,) bool or None: where true, the null class takes the label's place -> (N, D)"""
+        return self.embedding_table(y if drop is None else torch.where(drop, self.num_classes, y))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, joint projection of queries, keys and values."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv(tokens), 3, self.num_heads)  # each (N, heads, T, D / heads)
+        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v)))  # (N, T, D)
+
+    def macs(self, tokens: int) -> int:
+        width = self.proj.in_features
+        return tokens * 4 * width**2 + 2 * tokens**2 * width
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with queries from one token set and keys and values from another."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        (q,) = split_heads(self.q(queries), 1, self.num_heads)  # (N, heads, Q, D / heads)
+        k, v = split_heads(self.kv(keys), 2, self.num_heads)  # each (N, heads, K, D / heads)
+        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v)))  # (N, Q, D)
+
+    def macs(self, queries: int, keys: int) -> int:
+        width = self.proj.in_features
+        return 2 * (queries + keys) * width**2 + 2 * queries * keys * width
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))  # (N, T, D)
+
+    def macs(self, tokens: int) -> int:
+        return tokens * 2 * self.fc1.weight.numel()
+
+
+class ModulatedBlock(nn.Module):
+    """The adaLN-Zero frame of DiT section 3.2: shift, scale and gate around attention and around the feed-forward part.
+
+    Every block has the signature `block(tokens, context, modulation)`: the token stream (N, T, D), what is not the token
+    stream, and this block's (N, 6 D) from `adaLN_modulation`. A method's block says in `forward` what attends to what.
+    """
+
+    def __init__(self, attention: nn.Module, hidden_size: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def feed_forward(self, tokens: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """tokens + gate * MLP(modulated tokens): (N, T, D); shift, scale, gate (N, 1, D)"""
+        return tokens + gate * self.mlp(modulate(self.norm2(tokens), shift, scale))  # (N, T, D)
+
+    def modulation_macs(self) -> int:
+        return self.adaLN_modulation[1].weight.numel()
+
+
+class Block(ModulatedBlock):
+    """The plain DiT block: self-attention over whatever tokens it is given."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__(Attention(hidden_size, num_heads), hidden_size, mlp_ratio)
+
+    def forward(self, tokens: Tensor, context: Any, modulation: Tensor) -> Tensor:
+        shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
+        tokens = tokens + gate1 * self.attn(modulate(self.norm1(tokens), shift1, scale1))  # (N, T, D)
+        return self.feed_forward(tokens, *feed_forward)  # (N, T, D)
+
+    def macs(self, tokens: int) -> int:
+        return self.attn.macs(tokens) + self.mlp.macs(tokens) + self.modulation_macs()
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then one Linear from a token to its patch of output channels."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=2)  # each (N, 1, D)
+        return self.linear(modulate(self.norm_final(tokens), shift, scale))  # (N, T, p p C)
+
+    def macs(self, tokens: int) -> int:
+        return tokens * self.linear.weight.numel() + self.adaLN_modulation[1].weight.numel()
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """tokens (N, T, D), shift and scale (N, 1, D) -> (N, T, D)"""
+    return tokens * (1 + scale) + shift
+
+
+def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(N, T, parts * D) -> `parts` tensors (N, heads, T, D / heads)"""
+    return projected.unflatten(2, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def join_heads(tokens: Tensor) -> Tensor:
+    """(N, heads, T, D / heads) -> (N, T, D)"""
+    return tokens.transpose(1, 2).flatten(2)
+
+
+def position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine table, (1, rows * columns, D) float32.
+
+    The first half of the channels encodes the column, the second the row (the order of the released weights); each half is
+    sines, then cosines, of position / 10000^(k / (D / 4)). The width must be a multiple of 4.
+    """
+    k = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4)
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    halves = []
+    for position in (column, row):
+        angles = position.reshape(-1, 1).double() * 10000.0**-k  # (T, D / 4)
+        halves += [angles.sin(), angles.cos()]
+    return torch.cat(halves, dim=1).float().unsqueeze(0)  # (1, T, D)

@@ -1,0 +1,313 @@
+"""SparseDiT (arXiv 2412.06028): Poolingformer blocks, sparse-dense token modules, dense top blocks.
+
+A sparse-dense token module pools the full map to a small grid, works there, and recovers the full map from it by
+cross-attention. The blocks stand in one flat list in running order, block i taking the place of DiT block i.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.dit import Backbone, DiT, Draws
+from models.layers import Block, CrossAttention, ModulatedBlock, Plan, modulate
+from models.weights import DenseRules, Rows
+from runtime.config import InputError, option
+
+POOLING, MERGE, SPARSE, RECOVER, DENSE = "pooling", "merge", "sparse", "recover", "dense"
+
+DEFAULT_SPLITS = {
+    28: (2, 4, (1, 3, 1, 1), 2),
+    24: (2, 4, (1, 2, 1, 1), 2),
+    12: (1, 2, (1, 2, 1, 1), 1),
+    8: (1, 1, (1, 3, 1, 1), 1),
+}
+"""Depth -> Poolingformer blocks, modules, blocks per module, top blocks. 28 (XL) is published; the others are ours, in its
+proportions: the paper gives none for S, B and L."""
+
+RELEASED_GROUPS = {
+    MERGE: "token_merge_blocks",
+    SPARSE: "semantic_blocks",
+    RECOVER: "token_recover_blocks",
+    DENSE: "normal_blocks",
+}
+"""Group names inside a `dumbbell_blocks.i` of the authors' checkpoints."""
+
+
+@dataclass(frozen=True)
+class SparseDiTOptions:
+    poolingformer_blocks: int | None = option(None, "first blocks, with pooling in place of attention; none: by depth")
+    modules: int | None = option(None, "number of sparse-dense token modules; none: by depth")
+    module_blocks: tuple[int, ...] | None = option(None, "merge,sparse,recover,dense blocks in a module; none: by depth")
+    top_blocks: int | None = option(None, "last, dense blocks; none: by depth")
+    sparse_grid: tuple[int, ...] | None = option(None, "sparse tokens, as 8 or 8x8; none: 8 a side, at most half the map")
+    readd_position: bool = option(False, "add the position embedding again at the switches (as the paper, not the release)")
+
+
+class Context(NamedTuple):
+    """What a block needs beside its token stream."""
+
+    full_map: Tensor | None = None  # (N, T, D), the map at the start of the current module
+    upsample: Tensor | None = None  # (T,) int64, the sparse token nearest to each full one; None once the map is full
+    position: Tensor | None = None  # (1, T, D), where positions are added again
+
+
+class PoolingBlock(ModulatedBlock):
+    """Attention replaced by the mean of the values. mean(V(x)) = V(mean(x)): one vector per image does."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+        super().__init__(PoolingAttention(hidden_size), hidden_size, mlp_ratio)
+
+    def forward(self, tokens: Tensor, context: Context, modulation: Tensor) -> Tensor:
+        shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
+        pooled = modulate(self.norm1(tokens).mean(dim=1, keepdim=True), shift1, scale1)  # (N, 1, D)
+        tokens = tokens + gate1 * self.attn(pooled)  # (N, T, D)
+        return self.feed_forward(tokens, *feed_forward)  # (N, T, D)
+
+    def macs(self, tokens: int) -> int:
+        return self.attn.macs() + self.mlp.macs(tokens) + self.modulation_macs()
+
+
+class PoolingAttention(nn.Module):
+    """Value and output projections, applied to the pooled vector."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.v = nn.Linear(hidden_size, hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.proj(self.v(pooled))  # (N, 1, D)
+
+    def macs(self) -> int:
+        return self.v.weight.numel() + self.proj.weight.numel()
+
+
+class MergeBlock(ModulatedBlock):
+    """Sparse tokens gather from the full map; one adaLN and one norm serve both sides."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__(CrossAttention(hidden_size, num_heads), hidden_size, mlp_ratio)
+
+    def forward(self, tokens: Tensor, context: Context, modulation: Tensor) -> Tensor:
+        shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
+        queries = modulate(self.norm1(tokens), shift1, scale1)  # (N, S, D)
+        keys = modulate(self.norm1(context.full_map), shift1, scale1)  # (N, T, D)
+        tokens = tokens + gate1 * self.attn(queries, keys)  # (N, S, D)
+        return self.feed_forward(tokens, *feed_forward)  # (N, S, D)
+
+    def macs(self, sparse: int, full: int) -> int:
+        return self.attn.macs(sparse, full) + self.mlp.macs(sparse) + self.modulation_macs()
+
+
+class RecoverBlock(ModulatedBlock):
+    """The full map is rebuilt from the sparse tokens and the map before the module, then attends to the sparse tokens.
+
+    `merged_layer1` and `merged_layer2` are the paper's W1 and W2. W1 runs before the nearest upsampling: the same function,
+    on fewer tokens. Once the map is full again, a further recover block takes the current tokens in the sparse ones' place.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__(CrossAttention(hidden_size, num_heads), hidden_size, mlp_ratio)
+        self.merged_layer1 = nn.Linear(hidden_size, hidden_size)
+        self.merged_layer2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens: Tensor, context: Context, modulation: Tensor) -> Tensor:
+        shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
+        spread = self.merged_layer1(tokens)  # (N, S, D), or (N, T, D) when the map is full already
+        if context.upsample is not None:
+            spread = spread.index_select(1, context.upsample)  # (N, T, D)
+        full = spread + self.merged_layer2(context.full_map)  # (N, T, D)
+        if context.position is not None:
+            full = full + context.position  # (N, T, D)
+        queries = modulate(self.norm1(full), shift1, scale1)  # (N, T, D)
+        keys = modulate(self.norm1(tokens), shift1, scale1)  # (N, S, D)
+        full = full + gate1 * self.attn(queries, keys)  # (N, T, D)
+        return self.feed_forward(full, *feed_forward)  # (N, T, D)
+
+    def macs(self, tokens: int, full: int) -> int:
+        merging = (tokens + full) * self.merged_layer1.weight.numel()
+        return merging + self.attn.macs(full, tokens) + self.mlp.macs(full) + self.modulation_macs()
+
+
+class SparseDiT(DiT):
+    """SparseDiT on any DiT backbone. The plan's signature is the sparse grid; no weight depends on it."""
+
+    options_type: ClassVar[type] = SparseDiTOptions
+    recipe: ClassVar[Mapping[str, Any]] = {"min_snr_gamma": 5.0}
+
+    @classmethod
+    def resolve(cls, options: SparseDiTOptions, backbone: Backbone) -> SparseDiTOptions:
+        if options.sparse_grid is None:
+            options = replace(options, sparse_grid=tuple(max(1, min(8, side // 2)) for side in backbone.grid))
+        if len(options.sparse_grid) == 1:
+            options = replace(options, sparse_grid=options.sparse_grid * 2)
+        check_grid(options.sparse_grid, backbone.grid)
+        default = DEFAULT_SPLITS.get(backbone.depth)
+        names = ("poolingformer_blocks", "modules", "module_blocks", "top_blocks")
+        missing = [name for name in names if getattr(options, name) is None]
+        if missing and default is None:
+            raise InputError(f"depth {backbone.depth} has no default split; give {', '.join(missing)}.")
+        options = replace(options, **{name: default[names.index(name)] for name in missing} if default else {})
+        check_split(options, backbone.depth)
+        return options
+
+    @property
+    def layout(self) -> list[str]:
+        """The kind of each block, in running order."""
+        o = self.options
+        module = [
+            kind for kind, count in zip((MERGE, SPARSE, RECOVER, DENSE), o.module_blocks, strict=True) for _ in range(count)
+        ]
+        return [POOLING] * o.poolingformer_blocks + module * o.modules + [DENSE] * o.top_blocks
+
+    def build_blocks(self) -> Iterator[nn.Module]:
+        width, heads, ratio = self.backbone.hidden_size, self.backbone.num_heads, self.backbone.mlp_ratio
+        for kind in self.layout:
+            if kind == POOLING:
+                yield PoolingBlock(width, ratio)
+            elif kind == MERGE:
+                yield MergeBlock(width, heads, ratio)
+            elif kind == RECOVER:
+                yield RecoverBlock(width, heads, ratio)
+            else:
+                yield Block(width, heads, ratio)
+
+    def plan(self, t: int) -> Plan:
+        return Plan(signature=("sparse grid", *self.options.sparse_grid))
+
+    def run_blocks(self, tokens: Tensor, condition: Tensor, plan: Plan, draws: Draws | None) -> Tensor:
+        grid, sparse_grid = self.backbone.grid, plan.signature[1:]
+        upsample = nearest_index(sparse_grid, grid, tokens.device)  # (T,)
+        position = self.pos_embed if self.options.readd_position else None  # (1, T, D)
+        context, previous = Context(), None
+        for kind, block in zip(self.layout, self.blocks, strict=True):
+            if kind == MERGE and previous != MERGE:
+                context = Context(tokens, upsample, position)
+                tokens = pool_tokens(tokens, grid, sparse_grid)  # (N, T, D) -> (N, S, D)
+                if position is not None:
+                    tokens = tokens + pool_tokens(position, grid, sparse_grid)  # (N, S, D)
+            tokens = block(tokens, context, block.adaLN_modulation(condition))  # (N, S, D) or (N, T, D)
+            if kind == RECOVER:
+                context = context._replace(upsample=None, position=None)
+            previous = kind
+        return tokens  # (N, T, D)
+
+    def block_macs(self, plan: Plan) -> int:
+        full, sparse = self.backbone.tokens, plan.signature[1] * plan.signature[2]
+        total, current = 0, full
+        for kind, block in zip(self.layout, self.blocks, strict=True):
+            if kind == MERGE:
+                current = sparse
+            total += block.macs(current, full) if kind in (MERGE, RECOVER) else block.macs(current)
+            if kind == RECOVER:
+                current = full
+        return total
+
+    def initialize_weights(self, linear_gain: float = 0.5) -> None:
+        """From scratch: DiT's initialisation with gain 0.5. W1 = 0 and W2 = I, so a module starts from the full map."""
+        super().initialize_weights(linear_gain)
+        for block in self.blocks:
+            if isinstance(block, RecoverBlock):
+                nn.init.zeros_(block.merged_layer1.weight)
+                nn.init.eye_(block.merged_layer2.weight)
+
+    @classmethod
+    def recognize(cls, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Mapping[str, Any]] | None:
+        if any(key.startswith("dumbbell_blocks.") for key in shapes):
+            groups = [count_blocks(shapes, rf"dumbbell_blocks\.0\.{name}") for name in RELEASED_GROUPS.values()]
+            return "released SparseDiT", {
+                "poolingformer_blocks": count_blocks(shapes, "poolingformer_blocks"),
+                "modules": count_blocks(shapes, "dumbbell_blocks"),
+                "module_blocks": groups,
+                "top_blocks": count_blocks(shapes, "normal_blocks"),
+            }
+        return ("SparseDiT", {}) if any(key.endswith(".merged_layer1.weight") for key in shapes) else None
+
+    def layout_names(self, layout: str) -> dict[str, str]:
+        if layout != "released SparseDiT":
+            return super().layout_names(layout)
+        prefixes = dict(enumerate(self._released_blocks()))
+        renamed = {}
+        for key in self.state_dict():
+            block = re.match(r"blocks\.(\d+)\.", key)
+            renamed[key] = prefixes[int(block[1])] + key[block.end() - 1 :] if block else key
+        return renamed
+
+    def _released_blocks(self) -> Iterator[str]:
+        o = self.options
+        yield from (f"poolingformer_blocks.{i}" for i in range(o.poolingformer_blocks))
+        for module in range(o.modules):
+            for name, count in zip(RELEASED_GROUPS.values(), o.module_blocks, strict=True):
+                yield from (f"dumbbell_blocks.{module}.{name}.{i}" for i in range(count))
+        yield from (f"normal_blocks.{i}" for i in range(o.top_blocks))
+
+    def dense_rules(self) -> DenseRules:
+        """Block i from DiT block i: q is the first third of its qkv, k and v the rest; W1, W2 have no source."""
+        sources, new, dropped = {}, set(), set()
+        for key in self.state_dict():
+            name = re.sub(r"\.attn\.(v|q|kv)\.", ".attn.qkv.", key)
+            if ".attn.v." in key:
+                sources[key] = Rows(name, 2, 3)
+                dropped.add(Rows(name, 0, 2))
+            elif ".attn.q." in key:
+                sources[key] = Rows(name, 0, 1)
+            elif ".attn.kv." in key:
+                sources[key] = Rows(name, 1, 3)
+            elif ".merged_layer" in key:
+                new.add(key)
+            else:
+                sources[key] = Rows(key)
+        return DenseRules(sources, frozenset(new), frozenset(dropped))
+
+
+def check_grid(sparse_grid: tuple[int, ...], grid: tuple[int, int]) -> None:
+    """InputError unless the sparse grid is two sides, each between 1 and the full map's."""
+    fits = len(sparse_grid) == 2 and all(1 <= small <= side for small, side in zip(sparse_grid, grid, strict=True))
+    if not fits:
+        shown = "x".join(map(str, sparse_grid))
+        raise InputError(f"sparse grid {shown} does not fit the token map of {grid[0]}x{grid[1]}; give at most its sides.")
+
+
+def check_split(options: SparseDiTOptions, depth: int) -> None:
+    """InputError unless the segments are possible and their blocks sum to the backbone's depth."""
+    pooling, modules, group, top = options.poolingformer_blocks, options.modules, options.module_blocks, options.top_blocks
+    if len(group) != 4 or group[0] < 1 or group[2] < 1 or min(*group, pooling, modules, top) < 0:
+        raise InputError(
+            f"module_blocks is {','.join(map(str, group))}; it takes four counts merge,sparse,recover,dense, with at least one "
+            "merge and one recover block, and no count may be negative."
+        )
+    total = pooling + modules * sum(group) + top
+    if total != depth:
+        raise InputError(
+            f"the split has {pooling} + {modules} x ({'+'.join(map(str, group))}) + {top} = {total} blocks but the backbone has "
+            f"{depth}; change poolingformer_blocks, modules, module_blocks or top_blocks so that they sum to {depth}."
+        )
+
+
+def count_blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    """How many different numbers follow `prefix` (a regular expression) at the start of the keys."""
+    return len({match[1] for key in shapes if (match := re.match(rf"{prefix}\.(\d+)\.", key))})
+
+
+def pool_tokens(tokens: Tensor, grid: tuple[int, int], sparse_grid: tuple[int, ...]) -> Tensor:
+    """Adaptive average pooling of a token map: (N, rows * columns, D) -> (N, S, D)"""
+    (rows, columns), (sparse_rows, sparse_columns) = grid, sparse_grid
+    if rows % sparse_rows == 0 and columns % sparse_columns == 0:
+        # Equal windows: a mean over a view, without moving the channels and deterministic in backward on a GPU.
+        windows = tokens.unflatten(1, (sparse_rows, rows // sparse_rows, sparse_columns, columns // sparse_columns))
+        return windows.mean(dim=(2, 4)).flatten(1, 2)  # (N, S, D)
+    plane = tokens.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
+    return F.adaptive_avg_pool2d(plane, sparse_grid).flatten(2).transpose(1, 2)  # (N, S, D)
+
+
+def nearest_index(sparse_grid: tuple[int, ...], grid: tuple[int, int], device: torch.device) -> Tensor:
+    """For every full token the index of its nearest sparse one, floor(i s / n) on each axis. -> (rows * columns,) int64"""
+    row, column = (torch.arange(side, device=device) * small // side for side, small in zip(grid, sparse_grid, strict=True))
+    return (row[:, None] * sparse_grid[1] + column[None, :]).flatten()

@@ -1,0 +1,1 @@
+"""What every script shares: configuration, random draws, checkpoints, the training loop."""
