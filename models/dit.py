@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from models.layers import (
     Block,
     FinalLayer,
     LabelEmbedder,
+    ModulatedBlock,
     PatchEmbedder,
     Plan,
     TimestepEmbedder,
@@ -30,8 +31,6 @@ BACKBONES = ["DiT-T/2", *(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL"
 
 Draws = Mapping[str, Tensor]
 """Random tensors of one training step, by name, each with the batch as its first dimension."""
-
-Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ class DiT(nn.Module):
     """Dense DiT. Subclasses replace the blocks and how tokens run through them; embedding, output and interface stay."""
 
     options_type: ClassVar[type] = DenseOptions
+    blocks: Sequence[ModulatedBlock]
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Training settings the method's paper changes; below a YAML file and flags in precedence."""
 
@@ -129,18 +129,18 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(backbone.num_classes, width)
         # A parameter without gradient, as in DiT: it stands in checkpoints and in the published parameter counts.
         self.pos_embed = nn.Parameter(torch.empty(1, backbone.tokens, width), requires_grad=False)
-        self.blocks = nn.ModuleList(self.build_blocks())
+        self.blocks = nn.ModuleList(self.build_blocks())  # type: ignore[assignment]
         self.final_layer = FinalLayer(width, patch, backbone.out_channels)
         self.initialize_weights()
 
     # What a method replaces ------------------------------------------------------------------------------------------
 
     @classmethod
-    def resolve(cls, options: Options, backbone: Backbone) -> Options:
+    def resolve(cls, options: Any, backbone: Backbone) -> Any:
         """`options` with every default filled in for `backbone`; InputError where they do not fit it."""
         return options
 
-    def build_blocks(self) -> Iterator[nn.Module]:
+    def build_blocks(self) -> Iterator[ModulatedBlock]:
         """The blocks in the order in which they run, one per layer of the backbone."""
         backbone = self.backbone
         for _ in range(backbone.depth):
@@ -154,7 +154,7 @@ class DiT(nn.Module):
 
     def block_macs(self, plan: Plan) -> int:
         """Multiply-accumulates of all blocks for one image."""
-        return sum(block.macs(self.backbone.tokens) for block in self.blocks)
+        return sum(block.macs(self.backbone.tokens, self.backbone.tokens) for block in self.blocks)
 
     def plan(self, t: int) -> Plan:
         """What the step at the original timestep t (0 .. 999) computes."""
@@ -225,12 +225,17 @@ class DiT(nn.Module):
         self.pos_embed.data.copy_(position_embedding(self.backbone.hidden_size, self.backbone.grid))
         # The patch embedding is a Linear on flattened patches in all but name.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.backbone.hidden_size, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for module in (*self.blocks, self.final_layer):
-            nn.init.zeros_(module.adaLN_modulation[1].weight)
-            nn.init.zeros_(module.adaLN_modulation[1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        zero(self.x_embedder.proj.bias)
+        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            assert isinstance(embedding, nn.Embedding | nn.Linear)
+            nn.init.normal_(embedding.weight, std=0.02)
+        zero(*self.final_layer.adaLN_modulation.parameters(), *self.final_layer.linear.parameters())
+        for block in self.blocks:
+            zero(*block.adaLN_modulation.parameters())
+
+
+def zero(*parameters: Tensor | None) -> None:
+    """Sets parameters to zero."""
+    for parameter in parameters:
+        if parameter is not None:
+            nn.init.zeros_(parameter)

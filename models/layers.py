@@ -7,6 +7,7 @@ forward counts its multiply-accumulates for one image; the two are kept equal by
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class PatchEmbedder(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # (N, C, H, W) -> (N, T, D)
 
     def macs(self, tokens: int) -> int:
-        return tokens * self.proj.weight.numel()
+        return linear_macs(self.proj, tokens)
 
 
 class TimestepEmbedder(nn.Module):
@@ -57,10 +58,10 @@ class TimestepEmbedder(nn.Module):
         return torch.cat((angles.cos(), angles.sin()), dim=1)  # (N, 256)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.sinusoids(t).to(self.mlp[0].weight.dtype))  # (N,) -> (N, D)
+        return self.mlp(self.sinusoids(t))  # (N,) -> (N, D)
 
     def macs(self) -> int:
-        return self.mlp[0].weight.numel() + self.mlp[2].weight.numel()
+        return linear_macs(self.mlp[0]) + linear_macs(self.mlp[2])
 
 
 class LabelEmbedder(nn.Module):
@@ -126,10 +127,10 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))  # (N, T, D)
 
     def macs(self, tokens: int) -> int:
-        return tokens * 2 * self.fc1.weight.numel()
+        return linear_macs(self.fc1, tokens) + linear_macs(self.fc2, tokens)
 
 
-class ModulatedBlock(nn.Module):
+class ModulatedBlock(nn.Module, ABC):
     """The adaLN-Zero frame of DiT section 3.2: shift, scale and gate around attention and around the feed-forward part.
 
     Every block has the signature `block(tokens, context, modulation)`: the token stream (N, T, D), what is not the token
@@ -148,12 +149,18 @@ class ModulatedBlock(nn.Module):
         """tokens + gate * MLP(modulated tokens): (N, T, D); shift, scale, gate (N, 1, D)"""
         return tokens + gate * self.mlp(modulate(self.norm2(tokens), shift, scale))  # (N, T, D)
 
+    @abstractmethod
+    def macs(self, tokens: int, full: int) -> int:
+        """For one image whose token stream holds `tokens` of the `full` map's tokens when the block begins."""
+
     def modulation_macs(self) -> int:
-        return self.adaLN_modulation[1].weight.numel()
+        return linear_macs(self.adaLN_modulation[1])
 
 
 class Block(ModulatedBlock):
     """The plain DiT block: self-attention over whatever tokens it is given."""
+
+    attn: Attention
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__(Attention(hidden_size, num_heads), hidden_size, mlp_ratio)
@@ -163,7 +170,7 @@ class Block(ModulatedBlock):
         tokens = tokens + gate1 * self.attn(modulate(self.norm1(tokens), shift1, scale1))  # (N, T, D)
         return self.feed_forward(tokens, *feed_forward)  # (N, T, D)
 
-    def macs(self, tokens: int) -> int:
+    def macs(self, tokens: int, full: int) -> int:
         return self.attn.macs(tokens) + self.mlp.macs(tokens) + self.modulation_macs()
 
 
@@ -181,7 +188,13 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(tokens), shift, scale))  # (N, T, p p C)
 
     def macs(self, tokens: int) -> int:
-        return tokens * self.linear.weight.numel() + self.adaLN_modulation[1].weight.numel()
+        return linear_macs(self.linear, tokens) + linear_macs(self.adaLN_modulation[1])
+
+
+def linear_macs(layer: nn.Module, positions: int = 1) -> int:
+    """Multiply-accumulates of a Linear or a stride-is-kernel convolution at `positions` output places."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return positions * layer.weight.numel()
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dit import Backbone, DiT, Draws
-from models.layers import Block, CrossAttention, ModulatedBlock, Plan, modulate
+from models.layers import Block, CrossAttention, ModulatedBlock, Plan, linear_macs, modulate
 from models.weights import DenseRules, Rows
 from runtime.config import InputError, option
 
@@ -58,8 +58,59 @@ class Context(NamedTuple):
     position: Tensor | None = None  # (1, T, D), where positions are added again
 
 
+class Split(NamedTuple):
+    """The options with every default filled in, checked against the backbone."""
+
+    poolingformer_blocks: int
+    modules: int
+    module_blocks: tuple[int, ...]
+    top_blocks: int
+    sparse_grid: tuple[int, ...]
+
+    @classmethod
+    def of(cls, options: SparseDiTOptions, backbone: Backbone) -> Split:
+        """InputError where the sparse grid does not fit the map, or the blocks do not sum to the backbone's depth."""
+        given = (options.poolingformer_blocks, options.modules, options.module_blocks, options.top_blocks)
+        default = DEFAULT_SPLITS.get(backbone.depth)
+        if default is None and None in given:
+            missing = ", ".join(name for name, value in zip(cls._fields, given, strict=False) if value is None)
+            raise InputError(f"depth {backbone.depth} has no default split; give {missing}.")
+        chosen = [default[place] if default and value is None else value for place, value in enumerate(given)]
+        sparse_grid = options.sparse_grid or tuple(max(1, min(8, side // 2)) for side in backbone.grid)
+        split = cls(*chosen, sparse_grid * 2 if len(sparse_grid) == 1 else sparse_grid)  # type: ignore[call-arg, arg-type]
+        split.check(backbone)
+        return split
+
+    def check(self, backbone: Backbone) -> None:
+        group, grid, sparse_grid = self.module_blocks, backbone.grid, self.sparse_grid
+        if len(sparse_grid) != 2 or any(not 1 <= small <= side for small, side in zip(sparse_grid, grid, strict=True)):
+            shown = "x".join(map(str, sparse_grid))
+            raise InputError(f"sparse grid {shown} does not fit the token map of {grid[0]}x{grid[1]}; give at most its sides.")
+        counts = (*group, self.poolingformer_blocks, self.modules, self.top_blocks)
+        if len(group) != 4 or group[0] < 1 or group[2] < 1 or min(counts) < 0:
+            raise InputError(
+                f"module_blocks is {','.join(map(str, group))}; it takes four counts merge,sparse,recover,dense, with at least "
+                "one merge and one recover block, and no count may be negative."
+            )
+        total = len(self.layout())
+        if total != backbone.depth:
+            raise InputError(
+                f"the split has {self.poolingformer_blocks} + {self.modules} x ({'+'.join(map(str, group))}) + "
+                f"{self.top_blocks} = {total} blocks and the backbone has {backbone.depth}; change poolingformer_blocks, "
+                "modules, module_blocks or top_blocks."
+            )
+
+    def layout(self) -> list[str]:
+        """The kind of each block, in running order."""
+        kinds = (MERGE, SPARSE, RECOVER, DENSE)
+        module = [kind for kind, count in zip(kinds, self.module_blocks, strict=True) for _ in range(count)]
+        return [POOLING] * self.poolingformer_blocks + module * self.modules + [DENSE] * self.top_blocks
+
+
 class PoolingBlock(ModulatedBlock):
     """Attention replaced by the mean of the values. mean(V(x)) = V(mean(x)): one vector per image does."""
+
+    attn: PoolingAttention
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
         super().__init__(PoolingAttention(hidden_size), hidden_size, mlp_ratio)
@@ -70,8 +121,8 @@ class PoolingBlock(ModulatedBlock):
         tokens = tokens + gate1 * self.attn(pooled)  # (N, T, D)
         return self.feed_forward(tokens, *feed_forward)  # (N, T, D)
 
-    def macs(self, tokens: int) -> int:
-        return self.attn.macs() + self.mlp.macs(tokens) + self.modulation_macs()
+    def macs(self, tokens: int, full: int) -> int:
+        return self.attn.macs(positions=1) + self.mlp.macs(tokens) + self.modulation_macs()
 
 
 class PoolingAttention(nn.Module):
@@ -85,12 +136,14 @@ class PoolingAttention(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         return self.proj(self.v(pooled))  # (N, 1, D)
 
-    def macs(self) -> int:
-        return self.v.weight.numel() + self.proj.weight.numel()
+    def macs(self, positions: int) -> int:
+        return linear_macs(self.v, positions) + linear_macs(self.proj, positions)
 
 
 class MergeBlock(ModulatedBlock):
     """Sparse tokens gather from the full map; one adaLN and one norm serve both sides."""
+
+    attn: CrossAttention
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__(CrossAttention(hidden_size, num_heads), hidden_size, mlp_ratio)
@@ -102,8 +155,8 @@ class MergeBlock(ModulatedBlock):
         tokens = tokens + gate1 * self.attn(queries, keys)  # (N, S, D)
         return self.feed_forward(tokens, *feed_forward)  # (N, S, D)
 
-    def macs(self, sparse: int, full: int) -> int:
-        return self.attn.macs(sparse, full) + self.mlp.macs(sparse) + self.modulation_macs()
+    def macs(self, tokens: int, full: int) -> int:
+        return self.attn.macs(tokens, full) + self.mlp.macs(tokens) + self.modulation_macs()
 
 
 class RecoverBlock(ModulatedBlock):
@@ -112,6 +165,8 @@ class RecoverBlock(ModulatedBlock):
     `merged_layer1` and `merged_layer2` are the paper's W1 and W2. W1 runs before the nearest upsampling: the same function,
     on fewer tokens. Once the map is full again, a further recover block takes the current tokens in the sparse ones' place.
     """
+
+    attn: CrossAttention
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__(CrossAttention(hidden_size, num_heads), hidden_size, mlp_ratio)
@@ -132,7 +187,7 @@ class RecoverBlock(ModulatedBlock):
         return self.feed_forward(full, *feed_forward)  # (N, T, D)
 
     def macs(self, tokens: int, full: int) -> int:
-        merging = (tokens + full) * self.merged_layer1.weight.numel()
+        merging = linear_macs(self.merged_layer1, tokens) + linear_macs(self.merged_layer2, full)
         return merging + self.attn.macs(full, tokens) + self.mlp.macs(full) + self.modulation_macs()
 
 
@@ -142,32 +197,16 @@ class SparseDiT(DiT):
     options_type: ClassVar[type] = SparseDiTOptions
     recipe: ClassVar[Mapping[str, Any]] = {"min_snr_gamma": 5.0}
 
+    def __init__(self, backbone: Backbone, options: SparseDiTOptions | None = None) -> None:
+        self.split = Split.of(options or SparseDiTOptions(), backbone)
+        self.layout = self.split.layout()
+        super().__init__(backbone, options)
+
     @classmethod
     def resolve(cls, options: SparseDiTOptions, backbone: Backbone) -> SparseDiTOptions:
-        if options.sparse_grid is None:
-            options = replace(options, sparse_grid=tuple(max(1, min(8, side // 2)) for side in backbone.grid))
-        if len(options.sparse_grid) == 1:
-            options = replace(options, sparse_grid=options.sparse_grid * 2)
-        check_grid(options.sparse_grid, backbone.grid)
-        default = DEFAULT_SPLITS.get(backbone.depth)
-        names = ("poolingformer_blocks", "modules", "module_blocks", "top_blocks")
-        missing = [name for name in names if getattr(options, name) is None]
-        if missing and default is None:
-            raise InputError(f"depth {backbone.depth} has no default split; give {', '.join(missing)}.")
-        options = replace(options, **{name: default[names.index(name)] for name in missing} if default else {})
-        check_split(options, backbone.depth)
-        return options
+        return SparseDiTOptions(*Split.of(options, backbone), readd_position=options.readd_position)
 
-    @property
-    def layout(self) -> list[str]:
-        """The kind of each block, in running order."""
-        o = self.options
-        module = [
-            kind for kind, count in zip((MERGE, SPARSE, RECOVER, DENSE), o.module_blocks, strict=True) for _ in range(count)
-        ]
-        return [POOLING] * o.poolingformer_blocks + module * o.modules + [DENSE] * o.top_blocks
-
-    def build_blocks(self) -> Iterator[nn.Module]:
+    def build_blocks(self) -> Iterator[ModulatedBlock]:
         width, heads, ratio = self.backbone.hidden_size, self.backbone.num_heads, self.backbone.mlp_ratio
         for kind in self.layout:
             if kind == POOLING:
@@ -180,7 +219,7 @@ class SparseDiT(DiT):
                 yield Block(width, heads, ratio)
 
     def plan(self, t: int) -> Plan:
-        return Plan(signature=("sparse grid", *self.options.sparse_grid))
+        return Plan(signature=("sparse grid", *self.split.sparse_grid))
 
     def run_blocks(self, tokens: Tensor, condition: Tensor, plan: Plan, draws: Draws | None) -> Tensor:
         grid, sparse_grid = self.backbone.grid, plan.signature[1:]
@@ -205,7 +244,7 @@ class SparseDiT(DiT):
         for kind, block in zip(self.layout, self.blocks, strict=True):
             if kind == MERGE:
                 current = sparse
-            total += block.macs(current, full) if kind in (MERGE, RECOVER) else block.macs(current)
+            total += block.macs(current, full)
             if kind == RECOVER:
                 current = full
         return total
@@ -241,12 +280,11 @@ class SparseDiT(DiT):
         return renamed
 
     def _released_blocks(self) -> Iterator[str]:
-        o = self.options
-        yield from (f"poolingformer_blocks.{i}" for i in range(o.poolingformer_blocks))
-        for module in range(o.modules):
-            for name, count in zip(RELEASED_GROUPS.values(), o.module_blocks, strict=True):
+        yield from (f"poolingformer_blocks.{i}" for i in range(self.split.poolingformer_blocks))
+        for module in range(self.split.modules):
+            for name, count in zip(RELEASED_GROUPS.values(), self.split.module_blocks, strict=True):
                 yield from (f"dumbbell_blocks.{module}.{name}.{i}" for i in range(count))
-        yield from (f"normal_blocks.{i}" for i in range(o.top_blocks))
+        yield from (f"normal_blocks.{i}" for i in range(self.split.top_blocks))
 
     def dense_rules(self) -> DenseRules:
         """Block i from DiT block i: q is the first third of its qkv, k and v the rest; W1, W2 have no source."""
@@ -267,30 +305,6 @@ class SparseDiT(DiT):
         return DenseRules(sources, frozenset(new), frozenset(dropped))
 
 
-def check_grid(sparse_grid: tuple[int, ...], grid: tuple[int, int]) -> None:
-    """InputError unless the sparse grid is two sides, each between 1 and the full map's."""
-    fits = len(sparse_grid) == 2 and all(1 <= small <= side for small, side in zip(sparse_grid, grid, strict=True))
-    if not fits:
-        shown = "x".join(map(str, sparse_grid))
-        raise InputError(f"sparse grid {shown} does not fit the token map of {grid[0]}x{grid[1]}; give at most its sides.")
-
-
-def check_split(options: SparseDiTOptions, depth: int) -> None:
-    """InputError unless the segments are possible and their blocks sum to the backbone's depth."""
-    pooling, modules, group, top = options.poolingformer_blocks, options.modules, options.module_blocks, options.top_blocks
-    if len(group) != 4 or group[0] < 1 or group[2] < 1 or min(*group, pooling, modules, top) < 0:
-        raise InputError(
-            f"module_blocks is {','.join(map(str, group))}; it takes four counts merge,sparse,recover,dense, with at least one "
-            "merge and one recover block, and no count may be negative."
-        )
-    total = pooling + modules * sum(group) + top
-    if total != depth:
-        raise InputError(
-            f"the split has {pooling} + {modules} x ({'+'.join(map(str, group))}) + {top} = {total} blocks but the backbone has "
-            f"{depth}; change poolingformer_blocks, modules, module_blocks or top_blocks so that they sum to {depth}."
-        )
-
-
 def count_blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     """How many different numbers follow `prefix` (a regular expression) at the start of the keys."""
     return len({match[1] for key in shapes if (match := re.match(rf"{prefix}\.(\d+)\.", key))})
@@ -304,7 +318,7 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int], sparse_grid: tuple[int, .
         windows = tokens.unflatten(1, (sparse_rows, rows // sparse_rows, sparse_columns, columns // sparse_columns))
         return windows.mean(dim=(2, 4)).flatten(1, 2)  # (N, S, D)
     plane = tokens.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
-    return F.adaptive_avg_pool2d(plane, sparse_grid).flatten(2).transpose(1, 2)  # (N, S, D)
+    return F.adaptive_avg_pool2d(plane, (sparse_rows, sparse_columns)).flatten(2).transpose(1, 2)  # (N, S, D)
 
 
 def nearest_index(sparse_grid: tuple[int, ...], grid: tuple[int, int], device: torch.device) -> Tensor:

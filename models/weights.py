@@ -83,8 +83,8 @@ def plan_loading(network: DiT, shapes: Shapes, methods: Mapping[str, type[DiT]])
         rules = network.dense_rules()
     else:
         ours = next(name for name, kind in methods.items() if type(network) is kind)
-        raise InputError(f"the checkpoint holds a {method} network, and --method {ours} starts from dense DiT or {ours} weights; "
-                         f"give one of those or --method {method}.")  # fmt: skip
+        raise InputError(f"the checkpoint holds a {method} network, and --method {ours} starts from dense DiT or {ours} "
+                         f"weights; give one of those or --method {method}.")  # fmt: skip
     return _accounted(rules, layout, {key: tuple(value.shape) for key, value in network.state_dict().items()}, shapes)
 
 
@@ -133,7 +133,7 @@ def load(network: DiT, state: Mapping[str, Tensor], plan: LoadingPlan) -> None:
 def identify(shapes: Shapes, methods: Mapping[str, type[DiT]]) -> tuple[str, str, Mapping]:
     """(method, layout, options told by the keys) of a checkpoint. InputError when no method knows its keys."""
     # Dense stands first in the registry and its keys are part of every other method's: ask it last.
-    for name, kind in reversed(methods.items()):
+    for name, kind in reversed(list(methods.items())):
         recognized = kind.recognize(shapes)
         if recognized:
             return name, *recognized
@@ -182,7 +182,8 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if "transformer_blocks.0.attn1.to_q.weight" not in state:
         return dict(state)
-    rest, result = dict(state), {}
+    rest = dict(state)
+    result: dict[str, Tensor] = {}
     for theirs, ours in DIFFUSERS_OUTSIDE.items():
         _move(rest, result, theirs, ours)
     depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"transformer_blocks\.(\d+)\.", key)))
@@ -190,14 +191,15 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for theirs, ours in DIFFUSERS_BLOCK.items():
             _move(rest, result, f"transformer_blocks.{i}.{theirs}", f"blocks.{i}.{ours}")
         for part in ("weight", "bias"):
-            parts = [rest.pop(f"transformer_blocks.{i}.attn1.to_{name}.{part}", None) for name in "qkv"]
-            if all(piece is not None for piece in parts):
+            names = [f"transformer_blocks.{i}.attn1.to_{name}.{part}" for name in "qkv"]
+            if all(name in rest for name in names):
+                parts = [rest.pop(name) for name in names]
                 result[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(parts)
         for theirs, ours in DIFFUSERS_EMBEDDERS.items():
             tensor = rest.pop(f"transformer_blocks.{i}.norm1.emb.{theirs}", None)
             if tensor is not None and not torch.equal(result.setdefault(ours, tensor), tensor):
-                raise InputError(f"block {i} of the diffusers checkpoint has its own {theirs}, which DiT shares between blocks; "
-                                 "this is not a DiT.")  # fmt: skip
+                raise InputError(f"block {i} of the diffusers checkpoint has its own {theirs}, which DiT shares between "
+                                 "blocks; this is not a DiT.")  # fmt: skip
     return {**result, **rest}
 
 
