@@ -1,0 +1,1 @@
+"""Gaussian diffusion as DiT uses it: noise schedules, losses, samplers, guidance. Knows tensors and timesteps, no networks."""

@@ -1,0 +1,95 @@
+"""Samplers: pure functions from noise to latents over an already guided denoiser. They know timesteps, not methods.
+
+`denoise(x, timestep)` receives the latents (N, C, H, W) float32 and the original timestep, an int, equal for the whole
+batch; it returns epsilon and, where the network has them, the variance channels, (N, C or 2C, H, W). Nothing here reads a
+tensor back from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion.gaussian import predicted_moments, predicted_x0, split_output
+from diffusion.schedule import NoiseSchedule
+from runtime.config import InputError
+
+Denoise = Callable[[Tensor, int], Tensor]
+StepNoise = Callable[[int], Tensor]  # k -> the k-th standard normal noise that is added, (N, C, H, W), k = 0, 1, ...
+Callback = Callable[[int, Tensor, Tensor], None]  # after each step: its number 0, 1, ..., the latents, the predicted x0
+
+
+class Sampler(Protocol):
+    """What the entries of SAMPLERS share."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        noise: Tensor,
+        schedule: NoiseSchedule,
+        *,
+        step_noise: StepNoise,
+        callback: Callback | None = None,
+    ) -> Tensor: ...
+
+
+@torch.no_grad()
+def ddpm(
+    denoise: Denoise, noise: Tensor, schedule: NoiseSchedule, step_noise: StepNoise, callback: Callback | None = None
+) -> Tensor:
+    """Ancestral sampling (DDPM, algorithm 2). noise (N, C, H, W) -> latents (N, C, H, W) float32
+
+    `step_noise` is asked once per step but the last, to which no noise is added.
+    """
+    x = noise.float()
+    for step, index in enumerate(reversed(range(len(schedule)))):
+        output = denoise(x, schedule.timesteps[index])
+        moments = predicted_moments(schedule, output, x, _index(x, index))
+        x = moments.mean
+        if index > 0:
+            x = x + torch.exp(0.5 * moments.log_variance) * step_noise(step)
+        if callback is not None:
+            callback(step, x, moments.x0)
+    return x
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    eta: float = 0.0,
+    step_noise: StepNoise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, equations 12 and 16). noise (N, C, H, W) -> latents (N, C, H, W) float32
+
+    eta 0 adds no noise and never asks for any; eta 1 is ancestral sampling with the posterior's variance.
+    """
+    if not 0 <= eta <= 1:
+        raise InputError(f"DDIM's eta must be between 0 (no noise) and 1, not {eta}.")
+    if eta and step_noise is None:
+        raise InputError(f"DDIM with eta {eta} adds noise at each step: give step_noise, or set eta to 0.")
+    x = noise.float()
+    for step, index in enumerate(reversed(range(len(schedule)))):
+        epsilon, _ = split_output(denoise(x, schedule.timesteps[index]), x.shape[1])
+        x0 = predicted_x0(schedule, epsilon, x, _index(x, index))
+        previous = float(schedule.alphas_cumprod_previous[index])
+        variance = eta**2 * float(schedule.posterior_variance[index])
+        x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - variance) * epsilon
+        if variance > 0 and step_noise is not None:
+            x = x + math.sqrt(variance) * step_noise(step)
+        if callback is not None:
+            callback(step, x, x0)
+    return x
+
+
+def _index(x: Tensor, index: int) -> Tensor:
+    return torch.full((len(x),), index, device=x.device)
+
+
+SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim}

@@ -1,0 +1,111 @@
+"""Networks to and from the JSON of checkpoints, weights into networks, and what is printed about them.
+
+A blueprint is a network on the meta device: shapes without storage, enough to check options and checkpoints before
+anything large is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import METHODS, Backbone, DiT, create_model
+from models.weights import LABEL_TABLE, LoadingPlan, from_diffusers, identify, load, plan_loading, strip_prefixes
+from runtime.checkpoint import Weights
+from runtime.config import InputError, to_mapping
+
+
+def blueprint(method: str, backbone: Backbone, options: Mapping[str, Any]) -> DiT:
+    """The network without storage. InputError where the options do not fit the backbone."""
+    with torch.device("meta"):
+        return create_model(method, backbone, options)
+
+
+def build(plan: DiT) -> DiT:
+    """The network of a blueprint, initialised from torch's global seed."""
+    return type(plan)(plan.backbone, plan.options)
+
+
+def describe(network: DiT, model: str) -> dict[str, Any]:
+    """Everything needed to build the network again: fit for JSON, taken back by `described`."""
+    backbone, options = to_mapping(network.backbone), to_mapping(network.options)
+    return {"model": model, "method": method_name(network), "backbone": backbone, "options": options}
+
+
+def described(description: Mapping[str, Any]) -> DiT:
+    """The blueprint of what `describe` described."""
+    backbone = {**description["backbone"], "latent_size": tuple(description["backbone"]["latent_size"])}
+    return blueprint(description["method"], Backbone(**backbone), description["options"])
+
+
+def method_name(network: DiT) -> str:
+    """The name of a network's method in the registry."""
+    return next(name for name, kind in METHODS.items() if type(network) is kind)
+
+
+def fit_weights(weights: Weights, plan: DiT) -> tuple[dict[str, Tensor], LoadingPlan]:
+    """A checkpoint's tensors under canonical names, and how they go into the network of a blueprint.
+
+    Raises InputError, naming the checkpoint, when they do not fit.
+    """
+    state = canonical(weights)
+    try:
+        return state, plan_loading(plan, _shapes(state), METHODS)
+    except InputError as error:
+        raise InputError(f"{weights.origin}: {error}") from None
+
+
+def build_with(plan: DiT, weights: Weights) -> tuple[DiT, LoadingPlan]:
+    """The network of a blueprint with a checkpoint's weights."""
+    state, loading = fit_weights(weights, plan)
+    network = build(plan)
+    load(network, state, loading)
+    return network, loading
+
+
+def canonical(weights: Weights) -> dict[str, Tensor]:
+    """The weights under DiT's or the method's names, without the prefixes of wrappers."""
+    return from_diffusers(strip_prefixes(weights.state))
+
+
+def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> DiT:
+    """The blueprint of a checkpoint without our header: the backbone is `model`, the rest is told by keys and shapes."""
+    shapes = _shapes(canonical(weights))
+    try:
+        method, _, options = identify(shapes, METHODS)
+        channels, patch = shapes["x_embedder.proj.weight"][1:3]
+        backbone = Backbone.named(
+            model,
+            latent_size,
+            in_channels=channels,
+            num_classes=shapes[LABEL_TABLE][0] - 1,
+            learn_sigma=shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
+        )
+        return blueprint(method, backbone, options)
+    except InputError as error:
+        raise InputError(f"{weights.origin}: {error}") from None
+    except KeyError as error:
+        raise InputError(f"{weights.origin}: {error} is missing, so this is no whole DiT; copy the checkpoint again.") from None
+
+
+def summary(network: DiT, model: str) -> str:
+    """One line: method, backbone, parameters, and multiply-accumulates against the dense backbone."""
+    dense = blueprint(next(iter(METHODS)), network.backbone, {})
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    macs, whole = network.macs(), dense.macs()
+    options = ", ".join(f"{name} {_short(value)}" for name, value in to_mapping(network.options).items() if value is not False)
+    return (
+        f"{method_name(network)} {model}, {parameters:,} parameters, {macs / 1e9:.4g} GMACs per image and pass "
+        f"({macs / whole:.1%} of the dense backbone's {whole / 1e9:.4g})" + (f"; {options}" if options else "")
+    )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

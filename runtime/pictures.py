@@ -1,0 +1,98 @@
+"""Many pictures on disk: PNGs written beside the sampling, and the npz that evaluators read, packed without holding it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime.config import InputError
+from runtime.files import atomic_write
+
+THREADS = 4
+EARLIEST = (1980, 1, 1, 0, 0, 0)
+"""Zip members carry a time; a fixed one keeps equal samples equal files."""
+
+
+def picture_path(folder: Path, index: int) -> Path:
+    """Where picture `index` of a sample set stands."""
+    return folder / f"{index:06d}.png"
+
+
+class PictureWriter:
+    """Writes PNGs in threads, each under a temporary name first, so that a PNG that can be seen is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._pending: list[Future[None]] = []
+
+    def write(self, index: int, picture: Tensor) -> None:
+        """Queues picture (H, W, 3) uint8; an error of an earlier one is raised here."""
+        self._pending.append(self._pool.submit(self._save, picture_path(self.folder, index), picture.numpy()))
+        while len(self._pending) > 64 * THREADS or (self._pending and self._pending[0].done()):
+            self._pending.pop(0).result()
+
+    def __enter__(self) -> PictureWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for pending in self._pending:
+                pending.result()
+
+    @staticmethod
+    def _save(path: Path, picture: np.ndarray) -> None:
+        with atomic_write(path) as temporary:
+            # Level 1 is several times faster than the default and a tenth larger.
+            Image.fromarray(picture).save(temporary, format="png", compress_level=1)
+
+
+def pack_pictures(folder: Path, count: int, size: tuple[int, int], target: Path) -> None:
+    """Packs pictures 0 .. count - 1 of a folder into `target`: an npz with `arr_0`, (count, H, W, 3) uint8.
+
+    Reads and writes one picture at a time; what stands in memory does not depend on `count`. InputError names a picture
+    that is missing or damaged.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
+    with (
+        atomic_write(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        archive.open(zipfile.ZipInfo("arr_0.npy", EARLIEST), "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for picture in tqdm(_read_ahead(folder, count, size), "pack", count, unit=" pictures", dynamic_ncols=True):
+            member.write(picture)
+
+
+def _read_ahead(folder: Path, count: int, size: tuple[int, int]) -> Iterator[bytes]:
+    """The pixels of the pictures in order, decoded a few ahead by threads."""
+    window = 8 * THREADS
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, count, window):
+            indices = range(start, min(count, start + window))
+            yield from pool.map(lambda index: _read_picture(picture_path(folder, index), size), indices)
+
+
+def _read_picture(path: Path, size: tuple[int, int]) -> bytes:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run the same sampling command again to make it.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        raise InputError(f"{path} is damaged; delete it and run the same sampling command again.") from None
+    if pixels.shape != (*size, 3):
+        raise InputError(
+            f"{path} is {pixels.shape[0]} x {pixels.shape[1]}, not {size[0]} x {size[1]}; delete it and run again."
+        )
+    return pixels.tobytes()

@@ -1,0 +1,161 @@
+"""From a checkpoint to pictures: which network, which draws, which protocol. Shared by sample.py, sample_ddp.py and grids.
+
+Label, start noise and each step's noise of picture i are functions of (seed, i) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from data.latents import Codec, CodecSpec
+from diffusion.guidance import classifier_free_guidance
+from diffusion.samplers import SAMPLERS
+from diffusion.schedule import NoiseSchedule
+from models import Backbone, DiT
+from runtime.checkpoint import checkpoints, read_header, read_weights
+from runtime.config import InputError, option
+from runtime.networks import build_with, described, recognized
+from runtime.seeding import Keys, integers, normal
+
+LATENT_FACTOR = 8
+"""Pixels per latent of the autoencoders that released checkpoints, which do not say, were trained with."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    cfg_scale: float = option(1.5, "guidance scale; 1: none. 1.5 for scores, 4.0 for pictures")
+    guidance_channels: Literal["3", "all"] = option("3", "channels that guidance acts on; 3 is DiT's published protocol")
+    sampler: Literal["ddpm", "ddim"] = option("ddpm", "ancestral sampling, or DDIM with eta 0")
+    num_sampling_steps: str = option("250", "sampling steps: 250, or ddim25, or a list such as 10,15,20")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network ready to sample, and what is known of where it comes from."""
+
+    network: DiT
+    path: str
+    origin: str
+    model: str
+    image_size: int
+    codec: Mapping[str, Any] | None  # the codec's facts, where the checkpoint has them
+    classes: Sequence[str] | None
+    step: int | None
+
+    def check_codec(self, spec: CodecSpec) -> None:
+        """InputError unless the codec decodes this network's latents to pictures of its size."""
+        backbone = self.network.backbone
+        made, taken = (backbone.in_channels, *backbone.latent_size), spec.latent_shape(self.image_size)
+        if made != taken:
+            raise InputError(
+                f"codec {spec.name} decodes latents of {' x '.join(map(str, taken))} to pictures of {self.image_size}, and the "
+                f"network makes {' x '.join(map(str, made))}; give the --vae it was trained with."
+            )
+
+
+def find_checkpoint(results: Path, model: str | None, image_size: int | None) -> Path:
+    """The newest checkpoint of a run under `results` that matches model and size (None: any).
+
+    InputError says what is missing.
+    """
+    wanted = f"{model or 'any model'} at size {image_size or 'any'}"
+    found = []
+    for config in results.glob("*/config.json"):
+        saved = checkpoints(config.parent)
+        header = read_header(saved[-1]) if saved else None
+        if header is None or (model is not None and header["network"]["model"] != model):
+            continue
+        if image_size is None or header["data"]["image_size"] == image_size:
+            found.append(saved[-1])
+    if not found:
+        raise InputError(f"no --ckpt is given and {results} holds no run of {wanted}; train one with train.py, or give --ckpt "
+                         "(or another --results-dir).")  # fmt: skip
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def load_checkpoint(path: str, model: str | None, image_size: int | None, averaged: bool = True) -> Checkpoint:
+    """Network and facts of a checkpoint: of ours from its header, of a released one from its keys, `model` and size.
+
+    Raises InputError when flags and checkpoint contradict each other.
+    """
+    weights = read_weights(path, averaged)
+    header = weights.header
+    if header is None:
+        model, image_size = model or "DiT-XL/2", image_size or 256
+        if image_size % LATENT_FACTOR:
+            raise InputError(f"--image-size {image_size} is not divisible by {LATENT_FACTOR}.")
+        plan = recognized(weights, model, (image_size // LATENT_FACTOR,) * 2)
+        codec, classes, step = None, None, None
+    else:
+        description, data = header["network"], header["data"]
+        for name, asked, there in (("model", model, description["model"]), ("image-size", image_size, data["image_size"])):
+            if asked is not None and asked != there:
+                raise InputError(f"{path} holds a network for --{name} {there}, not {asked}; leave the flag out or correct it.")
+        model, image_size = description["model"], data["image_size"]
+        plan, codec, classes, step = described(description), data["codec"], data["classes"], header["step"]
+    network, _ = build_with(plan, weights)
+    network.eval().requires_grad_(False)
+    return Checkpoint(network, path, weights.origin, str(model), int(image_size or 0), codec, classes, step)
+
+
+def draw_labels(mode: str, num_classes: int, seed: int, index: Tensor) -> Tensor:
+    """Labels of the pictures `index` (N,): "random" = uniform, independent; "balanced" = i mod classes. -> (N,) int64"""
+    if mode == "balanced":
+        return index % num_classes
+    return integers(Keys(seed, 0, index), "label", num_classes)
+
+
+@torch.no_grad()
+def sample_latents(
+    network: nn.Module, settings: SamplingSettings, labels: Tensor, index: Tensor, seed: int, device: torch.device
+) -> Tensor:
+    """Latents of the pictures `index` (N,) with `labels` (N,), scaled for the model. -> (N, C, H, W) float32 on `device`"""
+    dit: Any = network
+    backbone: Backbone = dit.backbone
+    labels, index = labels.to(device), index.to(device)
+    shape = (backbone.in_channels, *backbone.latent_size)
+    schedule = NoiseSchedule.linear().respaced(settings.num_sampling_steps)
+    denoise = classifier_free_guidance(
+        dit,
+        labels,
+        null_class=backbone.num_classes,
+        scale=settings.cfg_scale,
+        channels=None if settings.guidance_channels == "all" else int(settings.guidance_channels),
+        plans=dit.guidance_plans,
+    )
+    start = normal(Keys(seed, 0, index), "start noise", shape)  # (N, C, H, W)
+    return SAMPLERS[settings.sampler](
+        denoise, start, schedule, step_noise=lambda step: normal(Keys(seed, step, index), "step noise", shape)
+    )
+
+
+def sample_pictures(
+    network: nn.Module,
+    codec: Codec,
+    settings: SamplingSettings,
+    labels: Tensor,
+    index: Tensor,
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """Pictures `index` (N,) with `labels` (N,). -> (N, H, W, 3) uint8 on the CPU"""
+    return codec.decode(sample_latents(network, settings, labels, index, seed, device)).cpu()
+
+
+def picture_grid(pictures: Tensor, columns: int | None = None) -> Tensor:
+    """(N, H, W, 3) uint8 -> one picture, rows of `columns` (default: about square), missing places black, gaps of 2 pixels."""
+    count, height, width, _ = pictures.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = pictures.new_zeros(rows * (height + 2) - 2, columns * (width + 2) - 2, 3)
+    for place, picture in enumerate(pictures):
+        top, left = place // columns * (height + 2), place % columns * (width + 2)
+        grid[top : top + height, left : left + width] = picture
+    return grid

@@ -1,0 +1,166 @@
+"""The settings of a training run, and how defaults, the method's recipe, a YAML file and flags become one of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from models import METHODS, DiT, method_class
+from runtime.config import (
+    ArgumentParser,
+    InputError,
+    checked_values,
+    from_mapping,
+    load_yaml,
+    nearest,
+    option,
+    to_mapping,
+)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    model: str = option("DiT-XL/2", "backbone: DiT-{S,B,L,XL}/{2,4,8}, DiT-T/2, or in numbers DiT-WIDTHxDEPTHxHEADS/PATCH")
+    method: str = option("sparsedit", f"what is done with tokens: {', '.join(METHODS)}")
+    pretrained: str = option("none", "weights to start from: a file, a diffusers-layout folder, a hub id, or none")
+    feature_path: str = option("features", "folder of extracted latents with a manifest.json, or a fast-DiT feature root")
+    image_size: int = option(256, "side of the pictures the latents were made from")
+    num_classes: int | None = option(None, "number of classes; none: the manifest's, or 1000 for fast-DiT features")
+    learn_sigma: bool = option(True, "predict the variance beside the noise")
+    results_dir: str = option("results", "folder that holds one folder per run")
+    run_name: str | None = option(None, "name of the run's folder; none: MODEL-METHOD-SIZE")
+    resume: str = option("auto", "auto: go on from the run's newest checkpoint; none: start anew; or a checkpoint file")
+    max_steps: int | None = option(None, "optimizer steps of the whole run; none: by --epochs")
+    epochs: int = option(1400, "passes over the data, where --max-steps is not given")
+    global_batch_size: int = option(256, "samples per optimizer step, over all processes and accumulation")
+    gradient_accumulation: int = option(1, "forward passes per optimizer step and process")
+    learning_rate: float = option(1e-4, "AdamW's rate", flags=("--lr",))
+    learning_rate_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up")
+    warmup_steps: int = option(0, "steps in which the rate rises from 0")
+    weight_decay: float = option(0.0, "AdamW's decay")
+    gradient_clip: float | None = option(None, "largest gradient norm; none: not clipped")
+    min_snr_gamma: float | None = option(None, "weight the loss by min(snr, gamma)/snr; the method's recipe sets it, none: off")
+    label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance")
+    ema_decay: float = option(0.9999, "decay of the averaged weights")
+    ema_warmup: bool = option(True, "decay min(ema_decay, (1 + step) / (10 + step)): short runs average too")
+    seed: int = option(0, "names every random draw of the run", flags=("--global-seed",))
+    precision: str = option("auto", "fp32, bf16 or fp16; auto: the launcher's --mixed_precision, else bf16 on a GPU")
+    tf32: bool = option(True, "TF32 matrix products on GPUs that have them, where the precision is fp32")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
+    log_every: int = option(100, "steps between log lines")
+    checkpoint_every: int = option(10_000, "steps between checkpoints", flags=("--ckpt-every",))
+    keep_checkpoints: int = option(3, "how many of the last checkpoints stay")
+    sample_every: int = option(0, "steps between sample grids from the averaged weights; 0: none, and no VAE is loaded")
+    sample_steps: str = option("50", "sampling steps of a grid")
+    sample_count: int = option(16, "pictures in a grid")
+    cfg_scale: float = option(4.0, "guidance scale of a grid")
+    vae: str | None = option(None, "decoder of grids: ema, mse, taesd, pixels or a folder; none: the features' own")
+    non_finite_limit: int = option(5, "stop after this many steps in a row whose gradients are not finite")
+
+
+POSITIVE = ("image_size", "global_batch_size", "gradient_accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
+
+MAY_CHANGE = frozenset(
+    {
+        "pretrained",
+        "feature_path",
+        "results_dir",
+        "run_name",
+        "resume",
+        "max_steps",
+        "epochs",
+        "gradient_accumulation",
+        "precision",
+        "tf32",
+        "gradient_checkpointing",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "sample_every",
+        "sample_steps",
+        "sample_count",
+        "cfg_scale",
+        "vae",
+        "non_finite_limit",
+    }
+)
+"""Settings that a resumed run may change: they do not alter which numbers it computes beyond rounding."""
+
+
+def parse_training(arguments: Sequence[str], prog: str = "train.py") -> tuple[TrainingSettings, dict[str, Any]]:
+    """Command line -> (settings, options of the method). Precedence: defaults, the method's recipe, YAML, flags."""
+    first = ArgumentParser("", prog)
+    first.add_argument("--config")
+    first.add_argument("--method")
+    known, _ = first.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
+    content = load_yaml(known.config) if known.config else {}
+    method = method_class(known.method or content.get("method", TrainingSettings.method))
+    parser = training_parser(method, prog)
+    flags = vars(parser.parse_args(arguments))
+    flags.pop("config", None)
+    option_names = {field.name for field in fields(method.options_type)}
+    given_options = {name: flags.pop(name) for name in option_names & flags.keys()}
+    file_settings, file_options = split_yaml(content, known.config or "", method.options_type)
+    values = {
+        **method.recipe,
+        **file_settings,
+        **checked_values(TrainingSettings, flags, "command line"),
+    }
+    settings = from_mapping(TrainingSettings, values, "settings")
+    check(settings)
+    return settings, {**file_options, **checked_values(method.options_type, given_options, "command line")}
+
+
+def training_parser(method: type[DiT], prog: str) -> ArgumentParser:
+    """The parser of train.py; the method's own flags are those of `--method`."""
+    parser = ArgumentParser(
+        "Trains a diffusion transformer, or fine-tunes one whose tokens are sparsified, on extracted latents.\n"
+        "The same command continues a run that was stopped. `train.py export CHECKPOINT OUTPUT` writes its weights alone.",
+        prog,
+        epilog="Underscores may stand for dashes in every flag.",
+    )
+    parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of settings; flags win over it")
+    parser.add_config(TrainingSettings)
+    if fields(method.options_type):
+        parser.add_config(method.options_type, "options of the method (those of --method)")
+    return parser
+
+
+def split_yaml(content: Mapping[str, Any], where: str, options_type: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A YAML file's settings and, from its group `options`, the method's options, both checked."""
+    settings = {key: value for key, value in content.items() if key != "options"}
+    names = [field.name for field in fields(TrainingSettings)]
+    for key in settings:
+        if str(key).replace("-", "_") not in names:
+            raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), [*names, 'options'])}")
+    options = content.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"{where}: options must be a group of `key: value` lines.")
+    return (
+        checked_values(TrainingSettings, settings, where),
+        checked_values(options_type, options, f"{where}: options"),
+    )
+
+
+def check(settings: TrainingSettings) -> None:
+    """InputError for values that no run can use."""
+    for name in POSITIVE:
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1.")
+    for name in ("label_drop", "ema_decay"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be between 0 and 1.")
+    if settings.max_steps is not None and settings.max_steps < 1:
+        raise InputError(f"--max-steps is {settings.max_steps}; it must be at least 1.")
+    if not settings.learning_rate > 0:
+        raise InputError(f"--learning-rate is {settings.learning_rate}; it must be above 0.")
+
+
+def changed(saved: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
+    """Settings that differ from a checkpoint's and may not: "name (saved value, not new value)"."""
+    now = to_mapping(settings)
+    # With a cosine the length of the run decides every step's rate.
+    fixed = set(now) - MAY_CHANGE | ({"max_steps", "epochs"} if settings.learning_rate_schedule == "cosine" else set())
+    return [f"{name} ({saved[name]}, not {now[name]})" for name in now if name in fixed and saved.get(name) != now[name]]

@@ -1,0 +1,261 @@
+"""One training step and one training loop, the same for every method and objective."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+from runtime.checkpoint import checkpoint_path, keep_last, read_header, read_tensors, save_checkpoint
+from runtime.config import InputError, to_mapping
+from runtime.ema import ExponentialMovingAverage
+from runtime.logs import RunLog, memory_gib, say
+from runtime.seeding import Keys
+from runtime.settings import TrainingSettings
+
+
+class Objective(Protocol):
+    """What is noised and predicted, and the loss of a prediction."""
+
+    def noised(self, x0: Tensor, keys: Keys) -> Any:
+        """Draws timesteps and noise: an object with `x_t` (N, C, H, W) and `t` (N,) that `losses` takes back."""
+
+    def losses(self, output: Tensor, noised: Any) -> Mapping[str, Tensor]:
+        """Losses per sample, each (N,): "loss" is the total, the others are its parts."""
+
+
+class Data(Protocol):
+    """Where batches come from: position j of step s names its sample, whoever asks."""
+
+    def __len__(self) -> int: ...
+
+    def batch_at(self, step: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (n,) int64 in the global batch -> latents (n, C, H, W) float32, labels (n,) int64"""
+
+
+class TrainingStep(nn.Module):
+    """Draw, noise, predict, score. This is what accelerate wraps; nothing but its `forward` is called on the wrapped module."""
+
+    def __init__(self, network: nn.Module, objective: Objective, seed: int) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = objective
+        self.seed = seed
+
+    def forward(self, latents: Tensor, labels: Tensor, positions: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """latents (n, C, H, W), labels (n,), positions (n,) in the global batch -> scalar loss, its parts by name"""
+        network: Any = self.network
+        keys = Keys(self.seed, step, positions)
+        noised = self.objective.noised(latents, keys)
+        outputs, features = network.training_forward(noised.x_t, noised.t, labels, network.draw(keys))
+        total, parts = latents.new_zeros(()), {}
+        for name, (output, weight) in outputs.items():
+            for part, values in self.objective.losses(output, noised).items():
+                parts[part if len(outputs) == 1 else f"{name}/{part}"] = values.mean().detach()
+                total = total + weight * values.mean() if part == "loss" else total
+        for name, value in network.extra_losses(features, step).items():
+            parts[name], total = value.detach(), total + value
+        return total, {**parts, "loss": total.detach()}
+
+
+class Trainer:
+    """Runs `TrainingStep` from the current step to the last, logging, averaging, and saving everything in one file."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+        network: nn.Module,
+        objective: Objective,
+        data: Data,
+        run: Path,
+        header: Mapping[str, Any],
+        grid: Callable[[nn.Module], Tensor] | None = None,
+    ) -> None:
+        """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) from the averaged network."""
+        self.settings, self.accelerator, self.data, self.run_folder = settings, accelerator, data, run
+        self.header, self.grid = dict(header), grid
+        self.network = network.to(accelerator.device)
+        self.ema = ExponentialMovingAverage(self.network, settings.ema_decay, settings.ema_warmup)
+        self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        step_module = TrainingStep(self.network, objective, settings.seed)
+        self.step_module, self.optimizer = accelerator.prepare(step_module, optimizer)
+        self.last_step = settings.max_steps or math.ceil(settings.epochs * len(data) / settings.global_batch_size)
+        self.step = 0
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the last step; a SIGTERM saves a checkpoint and leaves."""
+        terminated: list[int] = []
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+        main = self.accelerator.is_main_process
+        log = RunLog(self.run_folder, self.step) if main else None
+        bar = tqdm(total=self.last_step, initial=self.step, desc="train", unit="step", disable=not main, dynamic_ncols=True)
+        self._started, self._logged_step = time.perf_counter(), self.step
+        try:
+            while self.step < self.last_step and not terminated:
+                gradient_norm = self.optimize()
+                bar.update()
+                if self.step % self.settings.log_every == 0 or self.step == self.last_step:
+                    values = self._averages(gradient_norm)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                    if log:
+                        log.scalars(self.step, values)
+                if main and self.step % self.settings.checkpoint_every == 0:
+                    self.save()
+                if log and self.grid and self.step % self.settings.sample_every == 0:
+                    log.picture(self.step, "samples", self.grid(self.ema.network))
+            if main and not checkpoint_path(self.run_folder, self.step).exists():
+                self.save()
+            if terminated and main:
+                say(f"stopped by SIGTERM; saved at step {self.step}, the same command continues.")
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            bar.close()
+            if log:
+                log.close()
+
+    def optimize(self) -> Tensor:
+        """One optimizer step: forward and backward over this process's share, then the update. -> gradient norm ()"""
+        rate = learning_rate(self.settings, self.step, self.last_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        processes, accumulation = self.accelerator.num_processes, self.settings.gradient_accumulation
+        share = self.settings.global_batch_size // (processes * accumulation)
+        for micro in range(accumulation):
+            start = (micro * processes + self.accelerator.process_index) * share
+            positions = torch.arange(start, start + share)
+            latents, labels = self.data.batch_at(self.step, positions)
+            with self.accelerator.accumulate(self.step_module):
+                batch = [part.to(self.accelerator.device, non_blocking=True) for part in (latents, labels, positions)]
+                loss, parts = self.step_module(*batch, self.step)
+                self.accelerator.backward(loss)
+            for name, value in parts.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value.float() / accumulation
+        return self._update()
+
+    def _update(self) -> Tensor:
+        """Applies the accumulated gradients, unless they are not finite; then the average follows."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        # Gradients are reduced over the processes, so all of them decide alike.
+        finite = bool(torch.isfinite(norm))
+        if finite and self.settings.gradient_clip is not None:
+            clip_grads_with_norm_(self.parameters, self.settings.gradient_clip, norm)
+        if finite or self.accelerator.scaler is not None:
+            self.optimizer.step()  # a gradient scaler skips the update itself, and lowers its scale
+        self.optimizer.zero_grad()
+        if finite:
+            self.ema.update(self.network, self.step)
+        self._count_skipped(finite)
+        self.step += 1
+        self._summed += 1
+        return norm
+
+    def _count_skipped(self, finite: bool) -> None:
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        self.skipped_steps += not finite
+        scaler = self.accelerator.scaler
+        # While a scaler finds its scale, overflowing steps are its business.
+        searching = scaler is not None and scaler.get_scale() > 1.0
+        if self._skipped_in_a_row >= self.settings.non_finite_limit and not searching:
+            saved = sorted(self.run_folder.glob("checkpoints/*.safetensors"))
+            good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+            raise InputError(
+                f"training stopped at step {self.step}: the gradients were not finite {self._skipped_in_a_row} steps in a row; "
+                f"{good}; lower --learning-rate, set --gradient-clip, or use bf16 or fp32."
+            )
+
+    def _averages(self, gradient_norm: Tensor) -> dict[str, float]:
+        """Mean losses since the last call over all processes, and the speed."""
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] / self._summed for name in names])
+        means = self.accelerator.reduce(means, reduction="mean")
+        seconds = time.perf_counter() - self._started
+        speed = (self.step - self._logged_step) / seconds
+        values = dict(zip(names, means.tolist(), strict=True))
+        values = {"loss": values.pop("loss"), **values, "gradient_norm": float(gradient_norm)}
+        if not math.isfinite(values["gradient_norm"]):
+            del values["gradient_norm"]  # JSON has no NaN; skipped_steps tells of it
+        values |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "steps_per_second": speed,
+            "images_per_second": speed * self.settings.global_batch_size,
+            "memory_gib": memory_gib(),
+            "skipped_steps": self.skipped_steps,
+        }
+        self._sums, self._summed = {}, 0
+        self._started, self._logged_step = time.perf_counter(), self.step
+        return values
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the checkpoint of the current step and removes the oldest beyond those to keep."""
+        tensors = {f"model/{key}": value for key, value in self.network.state_dict().items()}
+        tensors |= {f"ema/{key}": value for key, value in self.ema.network.state_dict().items()}
+        state = self.optimizer.state_dict()["state"]
+        for place, name in enumerate(self._parameter_names()):
+            for moment, value in state.get(place, {}).items():
+                tensors[f"optimizer/{name}/{moment}"] = value
+        scaler = self.accelerator.scaler
+        header = {
+            **self.header,
+            "step": self.step,
+            "samples_seen": self.step * self.settings.global_batch_size,
+            "skipped_steps": self.skipped_steps,
+            "scaler": scaler.state_dict() if scaler else None,
+            "settings": to_mapping(self.settings),
+        }
+        save_checkpoint(checkpoint_path(self.run_folder, self.step), tensors, header)
+        keep_last(self.run_folder, self.settings.keep_checkpoints)
+
+    def restore(self, path: Path) -> None:
+        """Takes up weights, average, optimizer, scaler, counters and position from a checkpoint.
+
+        There are no random states beside: every draw is a function of (seed, step, position in the batch).
+        """
+        header = read_header(path)
+        if header is None:
+            raise InputError(f"{path} is no training checkpoint of ours; give it as --pretrained to start from its weights.")
+        self.network.load_state_dict(read_tensors(path, "model/"))
+        self.ema.network.load_state_dict(read_tensors(path, "ema/"))
+        moments, state = read_tensors(path, "optimizer/"), self.optimizer.state_dict()
+        names = {name: place for place, name in enumerate(self._parameter_names())}
+        state["state"] = {}
+        for key, value in moments.items():
+            name, _, moment = key.rpartition("/")
+            state["state"].setdefault(names[name], {})[moment] = value
+        self.optimizer.load_state_dict(state)
+        if self.accelerator.scaler is not None and header["scaler"]:
+            self.accelerator.scaler.load_state_dict(header["scaler"])
+        self.step, self.skipped_steps = header["step"], header["skipped_steps"]
+
+    def _parameter_names(self) -> list[str]:
+        return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+
+
+def learning_rate(settings: TrainingSettings, step: int, last_step: int) -> float:
+    """The rate of optimizer step `step`, counted from 0: linear warm-up, then constant or a half cosine down to 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.learning_rate_schedule == "constant":
+        return settings.learning_rate
+    progress = (step - settings.warmup_steps) / max(1, last_step - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

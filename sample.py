@@ -1,0 +1,114 @@
+"""Samples a few pictures of chosen classes into one grid.
+
+python sample.py --ckpt results/DiT-XL-2-sparsedit-256/checkpoints/0400000.safetensors --class-labels 207,360
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data.latents import CodecSpec, load_codec, resolve_codec
+from diffusion.schedule import NoiseSchedule
+from runtime.config import ArgumentParser, InputError, from_mapping, nearest, option, run_script
+from runtime.distributed import make_state
+from runtime.files import atomic_write
+from runtime.networks import summary
+from runtime.sampling import SamplingSettings, find_checkpoint, load_checkpoint, picture_grid, sample_pictures
+
+IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
+"""The classes of DiT's well-known grid: what a network of 1000 classes shows when none are named."""
+
+
+@dataclass(frozen=True)
+class GridSettings(SamplingSettings):
+    cfg_scale: float = option(4.0, "guidance scale; 1: none. 1.5 for scores, 4.0 for pictures")
+    class_labels: str | None = option(None, "classes by number or name, separated by commas; none: some of them")
+    class_names: str | None = option(None, "file of class names: a JSON list, or one name a line; none: the checkpoint's")
+    per_class: int = option(1, "pictures of each class")
+    columns: int | None = option(None, "pictures in a row; none: about square")
+    output: str = option("sample.png", "file to write")
+    model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
+    image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
+    ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
+    results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
+    vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")
+    batch_size: int = option(16, "pictures sampled at once")
+    seed: int = option(0, "names every draw", flags=("--global-seed",))
+
+
+def sample(settings: GridSettings) -> None:
+    """Checks, samples, writes one PNG."""
+    if min(settings.per_class, settings.batch_size, settings.columns or 1) < 1:
+        raise InputError("--per-class, --batch-size and --columns must be at least 1.")
+    NoiseSchedule.linear().respaced(settings.num_sampling_steps)
+    path = settings.ckpt or str(find_checkpoint(Path(settings.results_dir), settings.model, settings.image_size))
+    asked_codec = resolve_codec(settings.vae) if settings.vae else None
+    checkpoint = load_checkpoint(path, settings.model, settings.image_size)
+    spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))
+    checkpoint.check_codec(spec)
+    names = read_names(settings.class_names) if settings.class_names else checkpoint.classes
+    chosen = choose_classes(settings.class_labels, names, checkpoint.network.backbone.num_classes)
+    device = make_state().device
+    codec, network = load_codec(spec, device), checkpoint.network.to(device)
+    print(f"{checkpoint.origin}\n{summary(network, checkpoint.model)}", flush=True)
+    labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])
+    pictures = []
+    for start in range(0, len(labels), settings.batch_size):
+        index = torch.arange(start, min(len(labels), start + settings.batch_size))
+        pictures.append(sample_pictures(network, codec, settings, labels[index], index, settings.seed, device))
+    grid = picture_grid(torch.cat(pictures), settings.columns)
+    with atomic_write(settings.output) as temporary:
+        Image.fromarray(grid.numpy()).save(temporary, format="png")
+    shown = ", ".join(f"{label} {names[label]}" if names else str(label) for label in chosen)
+    print(f"{settings.output}: {len(labels)} pictures of classes {shown}")
+
+
+def choose_classes(asked: str | None, names: Sequence[str] | None, num_classes: int) -> list[int]:
+    """Class numbers for "207,golden retriever". InputError names what is no class."""
+    if asked is None:
+        return list(IMAGENET_EXAMPLES) if num_classes == 1000 else list(range(min(8, num_classes)))
+    chosen = []
+    for word in (word.strip() for word in asked.split(",")):
+        if names and word in names:
+            chosen.append(list(names).index(word))
+        elif word.isdigit() and int(word) < num_classes:
+            chosen.append(int(word))
+        elif word.isdigit() or not names:
+            raise InputError(f"class {word!r} is none of the {num_classes} classes; give numbers 0 to {num_classes - 1}"
+                             + ("." if names else ", or names with --class-names."))  # fmt: skip
+        else:
+            raise InputError(f"class {word!r} is not known{nearest(word, list(names))}")
+    return chosen
+
+
+def read_names(path: str) -> list[str]:
+    """Class names in the order of their numbers, from a JSON list or the lines of a text file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: class names cannot be read ({error}).") from None
+    if path.endswith(".json"):
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is no JSON ({error}).") from None
+        if not isinstance(content, list):
+            raise InputError(f"{path} must hold a JSON list of class names.")
+        return [str(name) for name in content]
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def main() -> None:
+    parser = ArgumentParser("Samples pictures of chosen classes into one grid.")
+    parser.add_config(GridSettings)
+    sample(from_mapping(GridSettings, vars(parser.parse_args()), "command line"))
+
+
+if __name__ == "__main__":
+    run_script(main)

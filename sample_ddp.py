@@ -1,0 +1,190 @@
+"""Samples many pictures on any number of processes, and packs them for the evaluator.
+
+    torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --model DiT-XL/2 --num-fid-samples 50000 --image-size 512 --seed 1
+
+Started again after a kill, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from data.latents import CodecSpec, load_codec, resolve_codec
+from diffusion.schedule import NoiseSchedule
+from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
+from runtime.distributed import make_state
+from runtime.files import sha256, write_json
+from runtime.networks import method_name, summary
+from runtime.pictures import PictureWriter, pack_pictures, picture_path
+from runtime.sampling import (
+    Checkpoint,
+    SamplingSettings,
+    draw_labels,
+    find_checkpoint,
+    load_checkpoint,
+    sample_pictures,
+)
+
+PROTOCOL = "protocol.json"
+
+
+@dataclass(frozen=True)
+class SampleSettings(SamplingSettings):
+    model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
+    image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
+    ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
+    results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
+    weights: Literal["ema", "raw"] = option("ema", "averaged or raw weights")
+    num_classes: int | None = option(None, "checked against the checkpoint")
+    vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")
+    num_fid_samples: int = option(50_000, "number of pictures")
+    labels: Literal["random", "balanced"] = option(
+        "random", "uniform and independent, as for published scores; or equal counts"
+    )
+    per_proc_batch_size: int = option(32, "pictures sampled at once by a process")
+    sample_dir: str = option("samples", "folder that holds one folder, one npz and one protocol record per sample set")
+    sample_name: str | None = option(None, "name of the sample set; none: made from checkpoint and settings")
+    seed: int = option(0, "names every draw: the same seed gives the same pictures", flags=("--global-seed",))
+    tf32: bool = option(True, "TF32 matrix products on GPUs that have them; faster, as in the published scores")
+
+
+def sample(settings: SampleSettings) -> None:
+    """Checks, then samples this process's blocks; the first process packs."""
+    if settings.num_fid_samples < 1 or settings.per_proc_batch_size < 1:
+        raise InputError("--num-fid-samples and --per-proc-batch-size must be at least 1.")
+    NoiseSchedule.linear().respaced(settings.num_sampling_steps)
+    path = settings.ckpt or str(find_checkpoint(Path(settings.results_dir), settings.model, settings.image_size))
+    asked_codec = resolve_codec(settings.vae) if settings.vae else None
+    checkpoint = load_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
+    spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))
+    checkpoint.check_codec(spec)
+    if settings.num_classes is not None and settings.num_classes != checkpoint.network.backbone.num_classes:
+        there = checkpoint.network.backbone.num_classes
+        raise InputError(f"{path} has {there} classes, not --num-classes {settings.num_classes}; leave the flag out.")
+    state = make_state()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    codec = load_codec(spec, state.device)
+    network = checkpoint.network.to(state.device)
+    target = Path(settings.sample_dir, settings.sample_name or sample_name(settings, checkpoint))
+    if state.is_main_process:
+        begin(target, protocol(settings, checkpoint, spec, state.device))
+        print(f"{checkpoint.origin}\n{summary(checkpoint.network, checkpoint.model)}")
+        print(
+            f"{settings.num_fid_samples} pictures of {checkpoint.image_size} x {checkpoint.image_size} into {target}",
+            flush=True,
+        )
+    state.wait_for_everyone()
+    sample_blocks(settings, network, codec, target, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        packed = Path(f"{target}.npz")
+        pack_pictures(target, settings.num_fid_samples, (checkpoint.image_size,) * 2, packed)
+        print(f"{packed}: arr_0 ({settings.num_fid_samples}, {checkpoint.image_size}, {checkpoint.image_size}, 3) uint8; "
+              f"protocol in {target}.json")  # fmt: skip
+
+
+def sample_blocks(settings: SampleSettings, network: Any, codec: Any, target: Path, state: PartialState) -> None:
+    """Samples the blocks of this process. Block b holds the pictures b * batch .. (b + 1) * batch - 1.
+
+    Blocks are fixed, whoever computes them, and the last one is padded: the same batch size gives the same bytes for any
+    number of processes. A block with a picture missing is computed whole, and only what is missing is written.
+    """
+    batch, count = settings.per_proc_batch_size, settings.num_fid_samples
+    blocks = range(state.process_index, -(-count // batch), state.num_processes)
+    mine = sum(min(batch, count - block * batch) for block in blocks)
+    bar = tqdm(total=mine, desc="sample", unit=" pictures", disable=not state.is_main_process, dynamic_ncols=True)
+    with PictureWriter(target) as writer, bar:
+        for block in blocks:
+            wanted = range(block * batch, min(count, (block + 1) * batch))
+            missing = [i for i in wanted if not picture_path(target, i).exists()]
+            if missing:
+                index = torch.arange(block * batch, (block + 1) * batch)
+                labels = draw_labels(settings.labels, network.backbone.num_classes, settings.seed, index)
+                pictures = sample_pictures(network, codec, settings, labels, index, settings.seed, state.device)
+                for i in missing:
+                    writer.write(i, pictures[i - block * batch])
+            bar.update(len(wanted))
+
+
+def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
+    """A name that tells sample sets of different settings apart, in DiT's manner."""
+    method = method_name(checkpoint.network)
+    step = f"step-{checkpoint.step}" if checkpoint.step is not None else Path(checkpoint.path).stem
+    name = (
+        f"{checkpoint.model.replace('/', '-')}-{method}-{step}-size-{checkpoint.image_size}-cfg-{settings.cfg_scale}"
+        f"-{settings.sampler}-{settings.num_sampling_steps}-seed-{settings.seed}"
+    )
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, device: torch.device) -> dict[str, Any]:
+    """Everything a score must name to be reproduced."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    packages = ("torch", "diffusers", "numpy", "pillow")
+    return {
+        "method": method_name(checkpoint.network),
+        "model": checkpoint.model,
+        "options": to_mapping(checkpoint.network.options),
+        "gmacs_per_pass": checkpoint.network.macs() / 1e9,
+        "image_size": checkpoint.image_size,
+        "num_classes": checkpoint.network.backbone.num_classes,
+        "checkpoint": {"path": checkpoint.path, "sha256": hash_of(checkpoint.path), "step": checkpoint.step},
+        "weights": settings.weights,
+        "guidance": {"scale": settings.cfg_scale, "channels": settings.guidance_channels},
+        "sampler": settings.sampler,
+        "steps": settings.num_sampling_steps,
+        "codec": to_mapping(spec),
+        "labels": settings.labels,
+        "count": settings.num_fid_samples,
+        "seed": settings.seed,
+        "batch_size": settings.per_proc_batch_size,
+        "precision": "tf32" if gpu and settings.tf32 else "fp32",
+        "device": gpu or "cpu",
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+    }
+
+
+def hash_of(path: str) -> str | None:
+    """SHA-256 of a checkpoint file; None for folders and hub ids, whose versions the hub names."""
+    return sha256(path) if Path(path).is_file() else None
+
+
+def begin(target: Path, record: Mapping[str, Any]) -> None:
+    """Writes the protocol record, or checks that the pictures already there were made by the same protocol."""
+    existing = target / PROTOCOL
+    if existing.exists():
+        before = json.loads(existing.read_text(encoding="utf-8"))
+        # Where and how many at a time does not change what a picture shows; a larger count extends a set.
+        differ = [key for key in record if key not in ("device", "versions", "count") and before.get(key) != record[key]]
+        if differ:
+            raise InputError(f"{target} holds pictures made with another {', '.join(differ)}; give another --sample-name or "
+                             "--sample-dir, or delete them.")  # fmt: skip
+    elif any(target.glob("*.png")):
+        raise InputError(f"{target} holds pictures without a {PROTOCOL}, so nobody knows how they were made; give another "
+                         "--sample-name or --sample-dir.")  # fmt: skip
+    write_json(existing, record)
+    write_json(Path(f"{target}.json"), record)
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        "Samples pictures from a checkpoint as PNGs and one npz. Started again, it goes on where it stopped.",
+        epilog="Underscores may stand for dashes in every flag.",
+    )
+    parser.add_config(SampleSettings)
+    sample(from_mapping(SampleSettings, vars(parser.parse_args()), "command line"))
+
+
+if __name__ == "__main__":
+    run_script(main)

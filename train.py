@@ -1,0 +1,228 @@
+"""Trains a diffusion transformer, or fine-tunes one whose tokens are sparsified, on extracted latents.
+
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py \\
+        --model DiT-XL/2 --pretrained DiT-XL-2-512x512.pt --feature-path features --image-size 512
+    python train.py export results/DiT-XL-2-sparsedit-512/checkpoints/0400000.safetensors sparsedit-xl-512.safetensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.features import BatchOrder, FeatureDataset, open_features
+from data.latents import Codec, load_codec, resolve_codec
+from diffusion.gaussian import EpsilonObjective
+from diffusion.schedule import NoiseSchedule
+from models import Backbone, checkpoint_blocks
+from models.weights import export as export_state
+from runtime.checkpoint import checkpoints, read_header, read_tensors, read_weights, save_checkpoint
+from runtime.config import ArgumentParser, InputError, run_script
+from runtime.distributed import choose_precision, make_accelerator, promised_processes
+from runtime.files import atomic_write, write_json
+from runtime.logs import say
+from runtime.networks import blueprint, build, build_with, describe, described, fit_weights, summary
+from runtime.sampling import SamplingSettings, picture_grid, sample_pictures
+from runtime.seeding import Keys, integers
+from runtime.settings import TrainingSettings, changed, parse_training
+from runtime.training import Trainer
+
+
+class TrainingData:
+    """The features in the order of the run's seed."""
+
+    def __init__(self, features: FeatureDataset, seed: int, batch_size: int) -> None:
+        self.features, self.seed = features, seed
+        self.order = BatchOrder(seed, len(features), batch_size)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def batch_at(self, step: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features.batch(self.order.indices(step, positions.numpy()), Keys(self.seed, step, positions))
+
+
+def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
+    """Checks every input, then builds and runs. Nothing heavy happens before the last check."""
+    precision, precision_note = choose_precision(settings.precision)
+    processes = promised_processes() * settings.gradient_accumulation
+    if settings.global_batch_size % processes:
+        raise InputError(
+            f"--global-batch-size {settings.global_batch_size} is not divisible by {promised_processes()} processes x "
+            f"{settings.gradient_accumulation} accumulation steps; choose a multiple of {processes}."
+        )
+    features = open_features(settings.feature_path, settings.image_size, settings.num_classes)
+    backbone = Backbone.named(
+        settings.model,
+        latent_size=features.latent_shape[1:],
+        in_channels=features.latent_shape[0],
+        num_classes=features.num_classes,
+        learn_sigma=settings.learn_sigma,
+        label_drop=settings.label_drop,
+    )
+    plan = blueprint(settings.method, backbone, options)
+    schedule = NoiseSchedule.linear()
+    schedule.respaced(settings.sample_steps)
+    objective = EpsilonObjective(schedule, settings.min_snr_gamma, settings.learn_sigma)
+    run = Path(settings.results_dir, settings.run_name or run_name(settings))
+    resume = resume_from(settings, run)
+    description = describe(plan, settings.model)
+    if resume:
+        check_resumable(resume, settings, description)
+    weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
+    if weights:
+        fit_weights(weights, plan)
+
+    accelerator = make_accelerator(precision, settings.gradient_accumulation)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    torch.manual_seed(settings.seed)
+    network, loading = build_with(plan, weights) if weights else (build(plan), None)
+    grid = grid_maker(settings, features, accelerator.device, run) if settings.sample_every else None
+    header = {"network": description, "data": data_header(features), "versions": versions(), "objective": "ddpm"}
+    data = TrainingData(features, settings.seed, settings.global_batch_size)
+    trainer = Trainer(settings, accelerator, network, objective, data, run, header, grid)
+    if settings.gradient_checkpointing:
+        checkpoint_blocks(network)
+    if resume:
+        trainer.restore(resume)
+    if accelerator.is_main_process:
+        write_json(run / "config.json", {"settings": dataclasses.asdict(settings), **header})
+        say(summary(network, settings.model))
+        say(features.describe())
+        say(f"batch {settings.global_batch_size} = {accelerator.num_processes} processes x "
+            f"{settings.gradient_accumulation} accumulation x {settings.global_batch_size // processes}, "
+            f"{accelerator.device.type}, precision {'fp32' if precision == 'no' else precision}, "
+            f"{trainer.last_step} steps, run folder {run}")  # fmt: skip
+        for line in origin_lines(resume, trainer.step, weights.origin if weights else None, loading, precision_note):
+            say(line)
+    trainer.run()
+    accelerator.end_training()
+
+
+def run_name(settings: TrainingSettings) -> str:
+    """The name of a run's folder where none is given."""
+    return f"{settings.model.replace('/', '-')}-{settings.method}-{settings.image_size}"
+
+
+def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
+    """The checkpoint to go on from, None for a new run. InputError where `--resume none` would overwrite one."""
+    saved = checkpoints(run)
+    if settings.resume == "auto":
+        return saved[-1] if saved else None
+    if settings.resume == "none":
+        if saved:
+            raise InputError(f"{run} already holds a run at step {int(saved[-1].stem)}; give another --run-name, or leave out "
+                             "--resume none to continue it.")  # fmt: skip
+        return None
+    if not Path(settings.resume).is_file():
+        raise InputError(f"--resume {settings.resume}: no such checkpoint; give a file, auto or none.")
+    return Path(settings.resume)
+
+
+def check_resumable(path: Path, settings: TrainingSettings, description: Mapping[str, Any]) -> None:
+    """InputError when the checkpoint was made with settings that give another run."""
+    header = read_header(path)
+    if header is None or "settings" not in header:
+        raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
+    differences = changed(header["settings"], settings)
+    if header["network"] != description and not differences:
+        differences = [f"{key} ({header['network'][key]}, not {value})" for key, value in description.items()
+                       if header["network"][key] != value]  # fmt: skip
+    if differences:
+        raise InputError(f"{path} was made with other settings: {', '.join(differences)}; give a new --run-name to start anew, "
+                         "or those settings to continue.")  # fmt: skip
+
+
+def origin_lines(resume: Path | None, step: int, origin: str | None, plan: Any, precision_note: str | None) -> list[str]:
+    """What was loaded, what is new, and what is not as asked for."""
+    if resume:
+        lines = [f"resumed from {resume} at step {step}"]
+    elif plan:
+        lines = [f"{origin}: {plan.summary()}", *plan.notes, *(f"WARNING: {warning}" for warning in plan.warnings)]
+    else:
+        lines = ["weights newly initialised (--pretrained none)"]
+    return lines + ([f"WARNING: {precision_note}"] if precision_note else [])
+
+
+def data_header(features: FeatureDataset) -> dict[str, Any]:
+    """What sampling must know of the data."""
+    manifest = getattr(features, "manifest", None)
+    return {
+        "image_size": features.image_size,
+        "codec": dataclasses.asdict(features.codec),
+        "classes": list(manifest.classes) if manifest else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The software that made a checkpoint."""
+    packages = ("torch", "accelerate", "numpy", "safetensors")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def grid_maker(
+    settings: TrainingSettings, features: FeatureDataset, device: torch.device, run: Path
+) -> Callable[[nn.Module], Tensor]:
+    """A function from the averaged network to a picture of samples, also written to the run's folder."""
+    codec_spec = resolve_codec(settings.vae) if settings.vae else features.codec
+    index = torch.arange(settings.sample_count)
+    labels = integers(Keys(settings.seed, 0, index), "grid label", features.num_classes)
+    sampling = SamplingSettings(cfg_scale=settings.cfg_scale, num_sampling_steps=settings.sample_steps, sampler="ddpm")
+    codec: list[Codec] = []
+
+    def make(network: nn.Module) -> Tensor:
+        if not codec:
+            codec.append(load_codec(codec_spec, device))
+        pictures = sample_pictures(network, codec[0], sampling, labels, index, settings.seed, device)
+        grid = picture_grid(pictures)
+        number = len(list((run / "samples").glob("*.png"))) + 1
+        with atomic_write(run / "samples" / f"{number:06d}.png") as temporary:
+            Image.fromarray(grid.numpy()).save(temporary, format="png")
+        return grid
+
+    return make
+
+
+def export(arguments: list[str]) -> None:
+    """`train.py export CHECKPOINT OUTPUT`: the averaged weights alone, under our names or a released layout's."""
+    parser = ArgumentParser("Writes the weights of a training checkpoint, without optimizer state.", "train.py export")
+    parser.add_argument("checkpoint", help="a checkpoint of train.py")
+    parser.add_argument("output", help="file to write: .safetensors, or .pt for a released layout")
+    parser.add_argument("--layout", default="ours", choices=("ours", "released"), help="key names (default: ours)")
+    parser.add_argument("--raw", action="store_true", help="the raw weights in place of the averaged ones")
+    chosen = parser.parse_args(arguments)
+    header = read_header(chosen.checkpoint)
+    if header is None or "step" not in header:
+        raise InputError(f"{chosen.checkpoint} is no training checkpoint of ours.")
+    network = build(described(header["network"]))
+    network.load_state_dict(read_tensors(chosen.checkpoint, "model/" if chosen.raw else "ema/"))
+    kept = {key: header[key] for key in ("network", "data", "versions", "objective", "step")}
+    if chosen.layout == "ours":
+        save_checkpoint(chosen.output, network.state_dict(), kept)
+    else:
+        state = export_state(network, network.released_layout)
+        with atomic_write(chosen.output) as temporary:
+            save_file(state, temporary) if chosen.output.endswith(".safetensors") else torch.save(state, temporary)
+    print(f"{chosen.output}: {'raw' if chosen.raw else 'averaged'} weights of step {header['step']}, {chosen.layout} layout")
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["export"]:
+        export(arguments[1:])
+    else:
+        train(*parse_training(arguments))
+
+
+if __name__ == "__main__":
+    run_script(main)
