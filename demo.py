@@ -24,7 +24,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from metrics.frechet import frechet_distance
+from metrics.frechet import MeanAndCovariance, Statistics, frechet_distance
 from runtime.checkpoint import checkpoints
 from runtime.config import ArgumentParser, run_script
 from runtime.files import atomic_write, write_json
@@ -52,7 +52,7 @@ class Row:
     agreement: float
 
 
-def run_stage(title: str, script: str, arguments: Sequence[str | Path]) -> None:
+def run_stage(title: str, script: str, arguments: Sequence[object]) -> None:
     """Runs one of the project's scripts as a user would, showing the command."""
     command = [sys.executable, script, *map(str, arguments)]
     print(f"\n== {title}\n$ python {' '.join(command[1:])}", flush=True)
@@ -75,6 +75,13 @@ def write_digits(folder: Path) -> None:
 def grey_vectors(pictures: np.ndarray) -> np.ndarray:
     """(N, 8, 8, 3) uint8 -> (N, 64) float64 in the digits' own range 0 .. 16"""
     return pictures.astype(np.float64).mean(axis=3).reshape(len(pictures), -1) * 16 / 255
+
+
+def statistics_of(vectors: np.ndarray) -> Statistics:
+    """Mean and covariance of (N, D) vectors."""
+    gathered = MeanAndCovariance()
+    gathered.update(vectors)
+    return gathered.statistics()
 
 
 def measure_speed(networks: Sequence[Checkpoint]) -> list[float]:
@@ -104,9 +111,7 @@ def compare(runs: Sequence[Path], samples: Sequence[Path]) -> list[Row]:
     for checkpoint, batch, speed in zip(networks, samples, measure_speed(networks), strict=True):
         vectors = grey_vectors(np.load(batch)["arr_0"])
         asked = np.arange(len(vectors)) % 10
-        distance = frechet_distance(
-            vectors.mean(axis=0), np.cov(vectors, rowvar=False), digits.data.mean(axis=0), np.cov(digits.data, rowvar=False)
-        )
+        distance = frechet_distance(statistics_of(vectors), statistics_of(digits.data))
         agreement = float(np.mean(classifier.predict(vectors) == asked))
         rows.append(Row(method_name(checkpoint.network), checkpoint.network.macs() / 1e9, speed, distance, agreement))
     return rows

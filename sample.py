@@ -13,48 +13,37 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data.latents import CodecSpec, load_codec, resolve_codec
-from diffusion.schedule import NoiseSchedule
+from data.latents import load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, nearest, option, run_script
 from runtime.distributed import make_state
 from runtime.files import atomic_write
 from runtime.networks import summary
-from runtime.sampling import SamplingSettings, find_checkpoint, load_checkpoint, picture_grid, sample_pictures
+from runtime.sampling import CheckpointSettings, open_checkpoint, picture_grid, sample_pictures
 
 IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes of DiT's well-known grid: what a network of 1000 classes shows when none are named."""
 
 
 @dataclass(frozen=True)
-class GridSettings(SamplingSettings):
+class GridSettings(CheckpointSettings):
     cfg_scale: float = option(4.0, "guidance scale; 1: none. 1.5 for scores, 4.0 for pictures")
     class_labels: str | None = option(None, "classes by number or name, separated by commas; none: some of them")
     class_names: str | None = option(None, "file of class names: a JSON list, or one name a line; none: the checkpoint's")
     per_class: int = option(1, "pictures of each class")
     columns: int | None = option(None, "pictures in a row; none: about square")
     output: str = option("sample.png", "file to write")
-    model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
-    image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
-    ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
-    results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
-    vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")
     batch_size: int = option(16, "pictures sampled at once")
-    seed: int = option(0, "names every draw", flags=("--global-seed",))
 
 
 def sample(settings: GridSettings) -> None:
     """Checks, samples, writes one PNG."""
     if min(settings.per_class, settings.batch_size, settings.columns or 1) < 1:
         raise InputError("--per-class, --batch-size and --columns must be at least 1.")
-    NoiseSchedule.linear().respaced(settings.num_sampling_steps)
-    path = settings.ckpt or str(find_checkpoint(Path(settings.results_dir), settings.model, settings.image_size))
-    asked_codec = resolve_codec(settings.vae) if settings.vae else None
-    checkpoint = load_checkpoint(path, settings.model, settings.image_size)
-    spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))
-    checkpoint.check_codec(spec)
+    checkpoint, spec = open_checkpoint(settings)
     names = read_names(settings.class_names) if settings.class_names else checkpoint.classes
     chosen = choose_classes(settings.class_labels, names, checkpoint.network.backbone.num_classes)
     device = make_state().device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     codec, network = load_codec(spec, device), checkpoint.network.to(device)
     print(f"{checkpoint.origin}\n{summary(network, checkpoint.model)}", flush=True)
     labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])

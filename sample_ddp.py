@@ -20,34 +20,19 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from data.latents import CodecSpec, load_codec, resolve_codec
-from diffusion.schedule import NoiseSchedule
+from data.latents import CodecSpec, load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
 from runtime.distributed import make_state
 from runtime.files import sha256, write_json
 from runtime.networks import method_name, summary
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
-from runtime.sampling import (
-    Checkpoint,
-    SamplingSettings,
-    draw_labels,
-    find_checkpoint,
-    load_checkpoint,
-    sample_pictures,
-)
+from runtime.sampling import Checkpoint, CheckpointSettings, draw_labels, open_checkpoint, sample_pictures
 
 PROTOCOL = "protocol.json"
 
 
 @dataclass(frozen=True)
-class SampleSettings(SamplingSettings):
-    model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
-    image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
-    ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
-    results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
-    weights: Literal["ema", "raw"] = option("ema", "averaged or raw weights")
-    num_classes: int | None = option(None, "checked against the checkpoint")
-    vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")
+class SampleSettings(CheckpointSettings):
     num_fid_samples: int = option(50_000, "number of pictures")
     labels: Literal["random", "balanced"] = option(
         "random", "uniform and independent, as for published scores; or equal counts"
@@ -55,23 +40,13 @@ class SampleSettings(SamplingSettings):
     per_proc_batch_size: int = option(32, "pictures sampled at once by a process")
     sample_dir: str = option("samples", "folder that holds one folder, one npz and one protocol record per sample set")
     sample_name: str | None = option(None, "name of the sample set; none: made from checkpoint and settings")
-    seed: int = option(0, "names every draw: the same seed gives the same pictures", flags=("--global-seed",))
-    tf32: bool = option(True, "TF32 matrix products on GPUs that have them; faster, as in the published scores")
 
 
 def sample(settings: SampleSettings) -> None:
     """Checks, then samples this process's blocks; the first process packs."""
     if settings.num_fid_samples < 1 or settings.per_proc_batch_size < 1:
         raise InputError("--num-fid-samples and --per-proc-batch-size must be at least 1.")
-    NoiseSchedule.linear().respaced(settings.num_sampling_steps)
-    path = settings.ckpt or str(find_checkpoint(Path(settings.results_dir), settings.model, settings.image_size))
-    asked_codec = resolve_codec(settings.vae) if settings.vae else None
-    checkpoint = load_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
-    spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))
-    checkpoint.check_codec(spec)
-    if settings.num_classes is not None and settings.num_classes != checkpoint.network.backbone.num_classes:
-        there = checkpoint.network.backbone.num_classes
-        raise InputError(f"{path} has {there} classes, not --num-classes {settings.num_classes}; leave the flag out.")
+    checkpoint, spec = open_checkpoint(settings)
     state = make_state()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     codec = load_codec(spec, state.device)

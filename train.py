@@ -78,7 +78,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     resume = resume_from(settings, run)
     description = describe(plan, settings.model)
     if resume:
-        check_resumable(resume, settings, description)
+        check_resumable(resume, settings, description, data_header(features))
     weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
     if weights:
         fit_weights(weights, plan)
@@ -129,15 +129,16 @@ def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
     return Path(settings.resume)
 
 
-def check_resumable(path: Path, settings: TrainingSettings, description: Mapping[str, Any]) -> None:
+def check_resumable(path: Path, settings: TrainingSettings, description: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     """InputError when the checkpoint was made with settings that give another run."""
     header = read_header(path)
     if header is None or "settings" not in header:
         raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
     differences = changed(header["settings"], settings)
-    if header["network"] != description and not differences:
-        differences = [f"{key} ({header['network'][key]}, not {value})" for key, value in description.items()
-                       if header["network"][key] != value]  # fmt: skip
+    for now, before in ((description, header["network"]), (data, header["data"])):
+        known = {difference.partition(" ")[0] for difference in differences}
+        differences += [f"{key} ({before.get(key)}, not {value})" for key, value in now.items()
+                        if before.get(key) != value and key not in known]  # fmt: skip
     if differences:
         raise InputError(f"{path} was made with other settings: {', '.join(differences)}; give a new --run-name to start anew, "
                          "or those settings to continue.")  # fmt: skip
@@ -158,6 +159,7 @@ def data_header(features: FeatureDataset) -> dict[str, Any]:
     """What sampling must know of the data."""
     manifest = getattr(features, "manifest", None)
     return {
+        "count": len(features),
         "image_size": features.image_size,
         "codec": dataclasses.asdict(features.codec),
         "classes": list(manifest.classes) if manifest else None,

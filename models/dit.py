@@ -115,6 +115,8 @@ class DiT(nn.Module):
     """Dense DiT. Subclasses replace the blocks and how tokens run through them; embedding, output and interface stay."""
 
     options_type: ClassVar[type] = DenseOptions
+    released_layout: ClassVar[str] = "DiT"
+    """The layout in which the authors publish weights (see `layout_names`)."""
     blocks: Sequence[ModulatedBlock]
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Training settings the method's paper changes; below a YAML file and flags in precedence."""

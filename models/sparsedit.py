@@ -195,6 +195,7 @@ class SparseDiT(DiT):
     """SparseDiT on any DiT backbone. The plan's signature is the sparse grid; no weight depends on it."""
 
     options_type: ClassVar[type] = SparseDiTOptions
+    released_layout: ClassVar[str] = "released SparseDiT"
     recipe: ClassVar[Mapping[str, Any]] = {"min_snr_gamma": 5.0}
 
     def __init__(self, backbone: Backbone, options: SparseDiTOptions | None = None) -> None:
@@ -261,7 +262,7 @@ class SparseDiT(DiT):
     def recognize(cls, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Mapping[str, Any]] | None:
         if any(key.startswith("dumbbell_blocks.") for key in shapes):
             groups = [count_blocks(shapes, rf"dumbbell_blocks\.0\.{name}") for name in RELEASED_GROUPS.values()]
-            return "released SparseDiT", {
+            return cls.released_layout, {
                 "poolingformer_blocks": count_blocks(shapes, "poolingformer_blocks"),
                 "modules": count_blocks(shapes, "dumbbell_blocks"),
                 "module_blocks": groups,
@@ -270,7 +271,7 @@ class SparseDiT(DiT):
         return ("SparseDiT", {}) if any(key.endswith(".merged_layer1.weight") for key in shapes) else None
 
     def layout_names(self, layout: str) -> dict[str, str]:
-        if layout != "released SparseDiT":
+        if layout != self.released_layout:
             return super().layout_names(layout)
         prefixes = dict(enumerate(self._released_blocks()))
         renamed = {}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from data.latents import Codec, CodecSpec
+from data.latents import Codec, CodecSpec, resolve_codec
 from diffusion.guidance import classifier_free_guidance
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import NoiseSchedule
@@ -34,6 +34,21 @@ class SamplingSettings:
     guidance_channels: Literal["3", "all"] = option("3", "channels that guidance acts on; 3 is DiT's published protocol")
     sampler: Literal["ddpm", "ddim"] = option("ddpm", "ancestral sampling, or DDIM with eta 0")
     num_sampling_steps: str = option("250", "sampling steps: 250, or ddim25, or a list such as 10,15,20")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings(SamplingSettings):
+    """What sample.py and sample_ddp.py both ask: which network, decoded how, drawn from which seed."""
+
+    model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
+    image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
+    ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
+    results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
+    weights: Literal["ema", "raw"] = option("ema", "averaged or raw weights")
+    num_classes: int | None = option(None, "checked against the checkpoint, which knows")
+    vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")
+    seed: int = option(0, "names every draw: the same seed gives the same pictures", flags=("--global-seed",))
+    tf32: bool = option(True, "TF32 matrix products on GPUs that have them; faster, as in the published scores")
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,20 @@ class Checkpoint:
                 f"codec {spec.name} decodes latents of {' x '.join(map(str, taken))} to pictures of {self.image_size}, and the "
                 f"network makes {' x '.join(map(str, made))}; give the --vae it was trained with."
             )
+
+
+def open_checkpoint(settings: CheckpointSettings) -> tuple[Checkpoint, CodecSpec]:
+    """The network that the flags name, and its decoder, checked against each other. InputError where they do not fit."""
+    NoiseSchedule.linear().respaced(settings.num_sampling_steps)
+    asked_codec = resolve_codec(settings.vae) if settings.vae else None
+    path = settings.ckpt or str(find_checkpoint(Path(settings.results_dir), settings.model, settings.image_size))
+    checkpoint = load_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
+    spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))
+    checkpoint.check_codec(spec)
+    there = checkpoint.network.backbone.num_classes
+    if settings.num_classes not in (None, there):
+        raise InputError(f"{path} has {there} classes, not --num-classes {settings.num_classes}; leave the flag out.")
+    return checkpoint, spec
 
 
 def find_checkpoint(results: Path, model: str | None, image_size: int | None) -> Path:

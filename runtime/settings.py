@@ -49,6 +49,7 @@ class TrainingSettings:
     precision: str = option("auto", "fp32, bf16 or fp16; auto: the launcher's --mixed_precision, else bf16 on a GPU")
     tf32: bool = option(True, "TF32 matrix products on GPUs that have them, where the precision is fp32")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
+    num_workers: int = option(0, "of old commands, without effect: one memory map outruns reading processes")
     log_every: int = option(100, "steps between log lines")
     checkpoint_every: int = option(10_000, "steps between checkpoints", flags=("--ckpt-every",))
     keep_checkpoints: int = option(3, "how many of the last checkpoints stay")
@@ -64,7 +65,6 @@ POSITIVE = ("image_size", "global_batch_size", "gradient_accumulation", "log_eve
 
 MAY_CHANGE = frozenset(
     {
-        "pretrained",
         "feature_path",
         "results_dir",
         "run_name",
@@ -75,6 +75,7 @@ MAY_CHANGE = frozenset(
         "precision",
         "tf32",
         "gradient_checkpointing",
+        "num_workers",
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",

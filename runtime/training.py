@@ -101,14 +101,16 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the last step; a SIGTERM saves a checkpoint and leaves."""
+        main = self.accelerator.is_main_process
+        if self.step >= self.last_step and main:
+            say(f"nothing to do: the run is at step {self.step} of {self.last_step}; raise --max-steps to train on.")
         terminated: list[int] = []
         previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
-        main = self.accelerator.is_main_process
         log = RunLog(self.run_folder, self.step) if main else None
         bar = tqdm(total=self.last_step, initial=self.step, desc="train", unit="step", disable=not main, dynamic_ncols=True)
         self._started, self._logged_step = time.perf_counter(), self.step
         try:
-            while self.step < self.last_step and not terminated:
+            while self.step < self.last_step and not self._agreed(bool(terminated)):
                 gradient_norm = self.optimize()
                 bar.update()
                 if self.step % self.settings.log_every == 0 or self.step == self.last_step:
@@ -122,13 +124,20 @@ class Trainer:
                     log.picture(self.step, "samples", self.grid(self.ema.network))
             if main and not checkpoint_path(self.run_folder, self.step).exists():
                 self.save()
-            if terminated and main:
+            if main and self.step < self.last_step:
                 say(f"stopped by SIGTERM; saved at step {self.step}, the same command continues.")
         finally:
             signal.signal(signal.SIGTERM, previous)
             bar.close()
             if log:
                 log.close()
+
+    def _agreed(self, terminated: bool) -> bool:
+        """Whether any process was told to stop: they must leave at the same step, or the rest would wait for the gone."""
+        if self.accelerator.num_processes == 1:
+            return terminated
+        flag = torch.tensor(float(terminated), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def optimize(self) -> Tensor:
         """One optimizer step: forward and backward over this process's share, then the update. -> gradient norm ()"""
