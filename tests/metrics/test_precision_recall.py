@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from metrics import precision_recall as module
+from metrics.precision_recall import neighbour_radii, pair_count, precision_recall
+from runtime.config import InputError
+
+BLOCK = 40
+
+
+def block_distances(rows: np.ndarray, columns: np.ndarray, kind: type) -> np.ndarray:
+    """One block by the definition, every operation in `kind`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows, columns = rows.astype(kind), columns.astype(kind)
+        norms = [module._sum_in_half(torch.from_numpy(side**2)).numpy() if kind is np.float16 else (side**2).sum(axis=1)
+                 for side in (rows, columns)]  # fmt: skip
+        products = (rows.astype(np.float32) @ columns.astype(np.float32).T).astype(kind)
+        return np.maximum(norms[0][:, None] - kind(2) * products + norms[1][None], kind(0)).astype(np.float32)
+
+
+def all_distances(rows: np.ndarray, columns: np.ndarray, block: int) -> np.ndarray:
+    """Blocks in half precision, in single precision where a block is not finite throughout."""
+    result = np.empty((len(rows), len(columns)), np.float32)
+    for i in range(0, len(rows), block):
+        for j in range(0, len(columns), block):
+            distances = block_distances(rows[i : i + block], columns[j : j + block], np.float16)
+            if not np.isfinite(distances).all():
+                distances = block_distances(rows[i : i + block], columns[j : j + block], np.float32)
+            result[i : i + block, j : j + block] = distances
+    return result
+
+
+def by_the_definition(reference: np.ndarray, samples: np.ndarray, block: int, k: int = 3) -> tuple[float, float]:
+    reference_radii = np.sort(all_distances(reference, reference, block), axis=1)[:, k]
+    sample_radii = np.sort(all_distances(samples, samples, block), axis=1)[:, k]
+    between = all_distances(reference, samples, block)
+    return (between <= reference_radii[:, None]).any(axis=0).mean(), (between <= sample_radii[None]).any(axis=1).mean()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", BLOCK)
+    monkeypatch.setattr(module, "_TILE", 7)
+
+
+def features(count: int, seed: int, scale: float, dimension: int = 24) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((count, dimension)) * scale).astype(np.float32)
+
+
+def agreement(ours: np.ndarray, expected: np.ndarray) -> float:
+    """The share of equal numbers. Another BLAS may move a product across a rounding boundary, once in thousands."""
+    return float(np.isclose(ours, expected, rtol=1e-6).mean())
+
+
+def radii_by_the_definition(vectors: np.ndarray, block: int) -> np.ndarray:
+    return np.sort(all_distances(vectors, vectors, block), axis=1)[:, 3]
+
+
+# Squared norms are around 24 scale^2, half precision ends at 65,504: far within it; so near that the distances decide,
+# which stay small between positive features and overflow between signed ones; beyond it.
+@pytest.mark.parametrize(("scale", "positive"), [(1.0, False), (28.0, True), (28.0, False), (80.0, True)])
+def test_equals_the_definition_in_small_blocks(small_blocks: None, scale: float, positive: bool) -> None:
+    reference, samples = features(131, 0, scale), features(97, 1, scale * 0.95)
+    if positive:
+        reference, samples = np.abs(reference), np.abs(samples)
+    expected = radii_by_the_definition(reference, BLOCK)
+    assert agreement(neighbour_radii(reference), expected) > 0.97
+    assert precision_recall(reference, samples) == pytest.approx(by_the_definition(reference, samples, BLOCK), abs=0.03)
+    # The known-bad variants: one precision throughout. Which one is wrong depends on the scale.
+    everywhere = [np.sort(block_distances(reference, reference, kind), axis=1)[:, 3] for kind in (np.float16, np.float32)]
+    half_fits = np.isfinite(block_distances(reference, reference, np.float16)).all()
+    assert half_fits == (scale == 1.0 or (scale == 28.0 and positive))
+    assert agreement(everywhere[1 if half_fits else 0], expected) < 0.9
+
+
+def test_fallback_is_per_block(small_blocks: None) -> None:
+    """One vector beyond half's range moves its own blocks to float32, and no other."""
+    reference = features(131, 0, 3.0)
+    reference[17] *= 60
+    ours = neighbour_radii(reference)
+    assert agreement(ours, radii_by_the_definition(reference, BLOCK)) > 0.97
+    # The known-bad variants: everything in float32, and blocks of another size.
+    assert agreement(ours, np.sort(block_distances(reference, reference, np.float32), axis=1)[:, 3]) < 0.9
+    assert agreement(ours, radii_by_the_definition(reference, 131)) < 0.9
+
+
+def test_blocks_do_not_change_exact_numbers(small_blocks: None) -> None:
+    """Small whole numbers are exact in half precision, so plain float64 distances decide."""
+    generator = np.random.default_rng(0)
+    reference, samples = (generator.integers(-6, 7, (count, 10)).astype(np.float32) for count in (123, 85))
+
+    def distances(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        return ((rows[:, None].astype(np.float64) - columns[None]) ** 2).sum(axis=2)
+
+    for k in (1, 3, 5):
+        reference_radii = np.sort(distances(reference, reference), axis=1)[:, k]
+        sample_radii = np.sort(distances(samples, samples), axis=1)[:, k]
+        between = distances(reference, samples)
+        expected = (between <= reference_radii[:, None]).any(0).mean(), (between <= sample_radii[None]).any(1).mean()
+        assert precision_recall(reference, samples, k) == expected
+        np.testing.assert_array_equal(neighbour_radii(reference, k), reference_radii)
+        # The known-bad variant: the vector itself counted among its neighbours.
+        assert (neighbour_radii(reference, k) != np.sort(distances(reference, reference), axis=1)[:, k - 1]).any()
+
+
+def test_precision_and_recall_are_not_exchanged() -> None:
+    narrow, wide = features(300, 0, 0.2), features(300, 1, 1.0)
+    assert precision_recall(wide, narrow).precision > 0.9 > 0.3 > precision_recall(wide, narrow).recall
+    assert precision_recall(narrow, wide).precision < 0.3 < 0.9 < precision_recall(narrow, wide).recall
+    assert precision_recall(wide, wide) == (1.0, 1.0)
+
+
+def test_progress_counts_every_pair(small_blocks: None) -> None:
+    steps: list[int] = []
+    precision_recall(features(90, 0, 1.0), features(50, 1, 1.0), progress=steps.append)
+    assert sum(steps) == pair_count(90, 50) == 90 * 90 + 50 * 50 + 90 * 50
+    assert len(steps) > 10
+
+
+def test_bad_features() -> None:
+    good = features(10, 0, 1.0)
+    with pytest.raises(InputError, match="3 pictures are too few to have 3 neighbours each; give at least 4"):
+        precision_recall(good, good[:3])
+    bad = good.copy()
+    bad[4, 2] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        precision_recall(good, bad)
+
+
+@pytest.mark.parametrize("dimension", [5, 48, 203, 1_608, 2_048])
+def test_half_precision_sums_are_tensorflows(dimension: int) -> None:
+    tensorflow = pytest.importorskip("tensorflow")
+    terms = (np.random.default_rng(dimension).standard_normal((500, dimension)) ** 2).astype(np.float16)
+    theirs = tensorflow.reduce_sum(tensorflow.constant(terms), 1).numpy()
+    np.testing.assert_array_equal(module._sum_in_half(torch.from_numpy(terms)).numpy(), theirs)
+    # The known-bad variant: a sum in float32, rounded once.
+    if dimension > 5:
+        assert (terms.astype(np.float32).sum(axis=1).astype(np.float16) != theirs).any()
