@@ -48,8 +48,9 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.features)
 
-    def batch_at(self, step: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.features.batch(self.order.indices(step, positions.numpy()), Keys(self.seed, step, positions))
+    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        keys = Keys(self.seed, step, positions.to(device))
+        return self.features.batch(self.order.indices(step, positions.numpy()), keys)
 
 
 def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:

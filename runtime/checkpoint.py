@@ -44,6 +44,7 @@ def save_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
     """Writes tensors and JSON header as one safetensors file, atomically."""
     metadata = {"format": FORMAT, "header": json.dumps(header)}
     with atomic_write(path) as temporary:
+        temporary.touch()  # with the user's own permissions; safetensors would make it readable to its owner alone
         try:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
         except SafetensorError as error:

@@ -210,10 +210,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{script}{rank}: error: the disk is full ({error.filename or error}); finished work is kept, free some space "
-              "and run the same command again.", file=sys.stderr, flush=True)  # fmt: skip
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{script}{rank}: error: the disk is full{where}; finished work is kept, free some space and run the same "
+              "command again.", file=sys.stderr, flush=True)  # fmt: skip
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{script}{rank}: interrupted; finished work is kept, the same command continues it.", file=sys.stderr)
+        print(f"{script}{rank}: interrupted.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -38,8 +38,8 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch_at(self, step: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (n,) int64 in the global batch -> latents (n, C, H, W) float32, labels (n,) int64"""
+    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """positions (n,) int64 in the global batch, on the CPU -> latents (n, C, H, W) float32, labels (n,), on `device`"""
 
 
 class TrainingStep(nn.Module):
@@ -144,15 +144,15 @@ class Trainer:
         rate = learning_rate(self.settings, self.step, self.last_step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        processes, accumulation = self.accelerator.num_processes, self.settings.gradient_accumulation
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        accumulation = self.settings.gradient_accumulation
         share = self.settings.global_batch_size // (processes * accumulation)
         for micro in range(accumulation):
             start = (micro * processes + self.accelerator.process_index) * share
             positions = torch.arange(start, start + share)
-            latents, labels = self.data.batch_at(self.step, positions)
+            latents, labels = self.data.batch_at(self.step, positions, device)
             with self.accelerator.accumulate(self.step_module):
-                batch = [part.to(self.accelerator.device, non_blocking=True) for part in (latents, labels, positions)]
-                loss, parts = self.step_module(*batch, self.step)
+                loss, parts = self.step_module(latents, labels, positions.to(device), self.step)
                 self.accelerator.backward(loss)
             for name, value in parts.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value.float() / accumulation

@@ -1,0 +1,58 @@
+"""One forward pass, the method against the dense backbone: does the time follow the multiply-accumulates?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.timing import interleaved
+from models import METHODS, Backbone, create_model
+
+
+@torch.inference_mode()
+def measure(model: str, method: str, options: Mapping[str, Any], latent_side: int, batch: int, rounds: int) -> dict[str, Any]:
+    """Seconds per forward pass of the dense backbone and of `method`, float32, eager; their ratio beside that of the MACs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = Backbone.named(model, (latent_side, latent_side))
+    dense = next(iter(METHODS))
+    with device:
+        networks = {name: create_model(name, backbone, options if name == method else {}).eval() for name in {dense, method}}
+        x = torch.randn(batch, backbone.in_channels, latent_side, latent_side)
+        t, y = torch.randint(0, 1000, (batch,)), torch.randint(0, backbone.num_classes, (batch,))
+    runs = {name: (lambda network=network: network(x, t, y)) for name, network in networks.items()}
+    timings = interleaved(runs, rounds)
+    rows = {
+        name: {
+            "seconds": timing.median,
+            "fastest": timing.fastest,
+            "slowest": timing.slowest,
+            "gmacs": networks[name].macs() / 1e9,
+            "gflops_per_second": 2 * batch * networks[name].macs() / 1e9 / timing.median,
+        }
+        for name, timing in timings.items()
+    }
+    return {
+        "measured": "forward",
+        "model": model,
+        "latent_side": latent_side,
+        "batch": batch,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "rows": rows,
+        "time_ratio": timings[method].median / timings[dense].median,
+        "macs_ratio": networks[method].macs() / networks[dense].macs(),
+    }
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """The result as a table."""
+    lines = [f"{result['model']}, latents {result['latent_side']}, batch {result['batch']}, {result['device']}"]
+    lines.append(f"{'network':<12}{'seconds':>10}{'fastest':>10}{'slowest':>10}{'GMACs':>10}{'GFLOP/s':>10}")
+    for name, row in result["rows"].items():
+        lines.append(f"{name:<12}{row['seconds']:>10.4f}{row['fastest']:>10.4f}{row['slowest']:>10.4f}{row['gmacs']:>10.2f}"
+                     f"{row['gflops_per_second']:>10.1f}")  # fmt: skip
+    lines.append(f"time ratio {result['time_ratio']:.3f}, MACs ratio {result['macs_ratio']:.3f}")
+    return "\n".join(lines)
