@@ -1,0 +1,118 @@
+"""Tiny data and weights that the end-to-end tests share; made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_runs import QUICK, ROOT, SHORT, Result, free_port, random_network, run, torchrun, write_features
+
+from data.latents import PIXELS, SD_VAE, resolve_codec
+from data.manifest import FeatureSettings
+from models import Backbone
+
+PICTURES, CLASSES = 24, 3
+
+
+@dataclass(frozen=True)
+class LiteralRun:
+    folder: Path
+    training: Result
+    sampling: Result
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / "results" / "DiT-T-2-sparsedit-64"
+
+    @property
+    def packed(self) -> Path:
+        return next((self.folder / "samples").glob("*.npz"))
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random autoencoder in diffusers' layout, 4 channels and 8 pixels per latent, whose pictures have contrast."""
+    import diffusers
+
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8,) * 4, "num_blocks": (1,) * 4}
+    vae: Any = diffusers.AutoencoderTiny(
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sizes.items() if name.startswith("b")},
+        num_encoder_blocks=sizes["num_blocks"],
+        num_decoder_blocks=sizes["num_blocks"],
+    )
+    last = [module for module in vae.decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    last.weight.data *= 6
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory, tiny_vae: Path) -> Path:
+    """24 latents 4 x 8 x 8 of three classes, both mirrors, of pictures of size 64, by the tiny autoencoder."""
+    settings = FeatureSettings(resolve_codec(str(tiny_vae)), 64, (4, 8, 8), "samples", "both", None, 8)
+    rows = np.random.default_rng(0).normal(size=(PICTURES, *settings.row_shape)).astype(np.float16)
+    return write_features(tmp_path_factory.mktemp("features") / "samples", settings, CLASSES, rows)
+
+
+@pytest.fixture(scope="session")
+def moment_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `features`, but means and deviations: every training step draws from the posterior."""
+    settings = FeatureSettings(SD_VAE, 64, (4, 8, 8), "moments", "both", None, 8)
+    rows = np.abs(np.random.default_rng(1).normal(size=(PICTURES, *settings.row_shape))).astype(np.float16)
+    return write_features(tmp_path_factory.mktemp("features") / "moments", settings, CLASSES, rows)
+
+
+@pytest.fixture(scope="session")
+def pixel_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of 8 x 8 that are easy to learn: each class is one colour."""
+    settings = FeatureSettings(PIXELS, 8, (3, 8, 8), "samples", "original", None, 8)
+    colours = np.array([[0.9, -0.9, -0.9], [-0.9, 0.9, -0.9], [-0.9, -0.9, 0.9]])
+    rows = np.repeat(colours, PICTURES // CLASSES, axis=0)[:, None, :, None, None] * np.ones(settings.row_shape)
+    return write_features(tmp_path_factory.mktemp("features") / "pixels", settings, CLASSES, rows.astype(np.float16))
+
+
+@pytest.fixture(scope="session")
+def legacy_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature root as fast-DiT writes it."""
+    root = tmp_path_factory.mktemp("legacy")
+    generator = np.random.default_rng(2)
+    for name in ("features", "labels"):
+        (root / f"imagenet64_{name}").mkdir()
+    for index in range(10):
+        np.save(root / "imagenet64_features" / f"{index}.npy", generator.normal(size=(1, 4, 8, 8)).astype(np.float32))
+        np.save(root / "imagenet64_labels" / f"{index}.npy", np.array([index % CLASSES]))
+    return root
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense DiT-T/2 as DiT's authors publish theirs, for `features`, every weight random."""
+    torch.manual_seed(0)
+    network = random_network("dense", Backbone.named("DiT-T/2", (8, 8), num_classes=CLASSES))
+    path = tmp_path_factory.mktemp("weights") / "DiT-T-2-64x64.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def literal_run(tmp_path_factory: pytest.TempPathFactory, features: Path, pretrained: Path) -> LiteralRun:
+    """The two commands of DESIGN.md as people type them, small; in a folder of their own, with every default of theirs."""
+    folder = tmp_path_factory.mktemp("literal")
+    training = run(
+        ["-m", "accelerate.commands.launch", "--main_process_port", str(free_port()),
+         "--multi_gpu", "--num_processes", "2", "--mixed_precision", "fp16", ROOT / "train.py", "--model", "DiT-T/2",
+         "--pretrained", pretrained, "--feature-path", features, "--image-size", "64", *SHORT],
+        folder,
+    )  # fmt: skip
+    sampling = run(
+        torchrun(2, ROOT / "sample_ddp.py", "--model", "DiT-T/2", "--num-fid-samples", "12", "--image-size", "64",
+                 "--seed", "1", *QUICK),
+        folder,
+    )  # fmt: skip
+    return LiteralRun(folder, training, sampling)

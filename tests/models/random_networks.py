@@ -1,0 +1,70 @@
+"""Networks whose every parameter is drawn, and inputs for them.
+
+A freshly initialised DiT outputs exactly zero, whatever is wrong inside it: tests of equality and of gradients draw the
+parameters first. The draws are keyed, so the values do not depend on torch's generator or its version.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models import Backbone, DiT, create_model
+from runtime.seeding import Keys, integers, normal
+
+Module = TypeVar("Module", bound=nn.Module)
+
+CLASSES = 10
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # (N, C, H, W)
+    t: Tensor  # (N,) int64, 0 .. 999
+    y: Tensor  # (N,) int64, the null class included
+
+
+@cache
+def drawn(seed: int, count: int) -> Tensor:
+    """Standard normal numbers, kept: hundreds of tests ask for the same."""
+    return normal(Keys(seed, 0, torch.arange(1)), "weights", (count,))[0]
+
+
+def randomized(module: Module, seed: int = 0) -> Module:
+    """Every trainable parameter becomes normal: matrices of gain 1, vectors of deviation 0.2. Position tables stay."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    sizes = [parameter.numel() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, values in zip(parameters, drawn(seed, sum(sizes)).split(sizes), strict=True):
+            deviation = 0.2 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
+            parameter.copy_(deviation * values.reshape(parameter.shape))
+    return module
+
+
+def network(method: str, backbone: Backbone, options: Mapping[str, Any] | None = None, seed: int = 0) -> DiT:
+    """A network of `method` whose output is not small."""
+    return randomized(create_model(method, backbone, options), seed)
+
+
+def tiny(model: str = "DiT-T/2", latent_size: tuple[int, int] = (16, 16), **sizes: Any) -> Backbone:
+    """A backbone of the debug size, with few classes."""
+    return Backbone.named(model, latent_size, **{"num_classes": CLASSES, **sizes})
+
+
+def inputs(backbone: Backbone, count: int = 3, seed: int = 1) -> Inputs:
+    """A batch for a backbone."""
+    keys = Keys(seed, 0, torch.arange(count))
+    x = normal(keys, "x", (backbone.in_channels, *backbone.latent_size))
+    return Inputs(x, integers(keys, "t", 1000), integers(keys, "y", backbone.num_classes + 1))
+
+
+def distance(ours: Tensor, reference: Tensor) -> float:
+    """Largest difference as a share of the largest reference value; the reference must not be small."""
+    assert ours.shape == reference.shape
+    scale = reference.abs().max()
+    assert scale > 0.1, "the reference is too small to compare with"
+    return float(((ours - reference).abs().max() / scale).detach())

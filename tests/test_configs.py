@@ -1,0 +1,85 @@
+"""Every file in configs/ is read by the training parser and builds its network on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffusion.gaussian import EpsilonObjective
+from diffusion.schedule import NoiseSchedule
+from models import Backbone, DiT
+from runtime.config import InputError, load_yaml
+from runtime.networks import blueprint
+from runtime.settings import TrainingSettings, parse_training
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.y*ml"))
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+PUBLISHED_PARAMETERS = {
+    ("dense", 256): 675_129_632,
+    ("dense", 512): 676_014_368,
+    ("sparsedit", 256): 683_099_168,
+    ("sparsedit", 512): 681_327_392,
+}
+"""Of DiT-XL/2, by method and picture size: the released checkpoints."""
+
+
+def network(path: Path) -> tuple[TrainingSettings, DiT]:
+    """A file's settings and the blueprint of its network. Small pictures are their own latents, others those of an SD VAE."""
+    settings, options = parse_training(["--config", str(path)])
+    pixels = settings.image_size < 64
+    side = settings.image_size if pixels else settings.image_size // 8
+    backbone = Backbone.named(
+        settings.model,
+        (side, side),
+        in_channels=3 if pixels else 4,
+        num_classes=settings.num_classes or 1000,
+        learn_sigma=settings.learn_sigma,
+        label_drop=settings.label_drop,
+    )
+    return settings, blueprint(settings.method, backbone, options)
+
+
+def test_the_published_runs_and_the_demo_are_here() -> None:
+    told = {(settings.model, settings.method, settings.image_size) for settings, _ in map(network, CONFIGS)}
+    assert {("DiT-XL/2", "sparsedit", 256), ("DiT-XL/2", "sparsedit", 512)} <= told
+    assert {method for _, method, size in told if size < 64} == {"dense", "sparsedit"}
+
+
+@every_config
+def test_config_builds(path: Path) -> None:
+    settings, plan = network(path)
+    assert all(parameter.is_meta for parameter in plan.parameters())
+    EpsilonObjective(NoiseSchedule.linear(), settings.min_snr_gamma, settings.learn_sigma)
+    NoiseSchedule.linear().respaced(settings.sample_steps)
+    assert settings.max_steps or "max_steps" not in load_yaml(path)
+
+
+@every_config
+def test_published_configs_hold_the_published_recipe(path: Path) -> None:
+    settings, plan = network(path)
+    if settings.model != "DiT-XL/2":
+        pytest.skip("a config of ours, not a published run")
+    expected = PUBLISHED_PARAMETERS[settings.method, settings.image_size]
+    assert sum(parameter.numel() for parameter in plan.parameters()) == expected
+    assert (settings.global_batch_size, settings.learning_rate, settings.weight_decay) == (256, 1e-4, 0.0)
+    assert (settings.ema_decay, settings.label_drop) == (0.9999, 0.1)
+    assert settings.min_snr_gamma == (5.0 if settings.method == "sparsedit" else None)
+    if settings.method == "sparsedit":
+        assert plan.plan(0).signature == ("sparse grid", 8, 8)
+
+
+@every_config
+def test_a_misspelt_key_is_caught(path: Path, tmp_path: Path) -> None:
+    """The known-bad variants of each file: a key that does not exist, and a network that does not add up."""
+    content = path.read_text(encoding="utf-8")
+    (tmp_path / "bad.yaml").write_text(content + "\nglobal_batchsize: 4\n")
+    with pytest.raises(InputError, match="unknown key 'global_batchsize'; did you mean 'global_batch_size'"):
+        network(tmp_path / "bad.yaml")
+    if "method: sparsedit" in content:
+        deeper = content.replace("DiT-XL/2", "DiT-1152x29x16/2").replace("DiT-96x8x4/1", "DiT-96x8x4/1\noptions: {modules: 2}")
+        (tmp_path / "bad.yaml").write_text(deeper)
+        with pytest.raises(InputError, match="blocks and the backbone has"):
+            network(tmp_path / "bad.yaml")

@@ -1,0 +1,81 @@
+"""What only a CUDA device can show. `make gpu-test`, or `pytest -m gpu`; skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from diffusion.gaussian import EpsilonObjective
+from diffusion.schedule import NoiseSchedule
+from models import METHODS, Backbone, DiT, checkpoint_blocks, create_model
+from runtime.sampling import SamplingSettings, sample_latents
+from runtime.seeding import Keys, normal
+from runtime.training import TrainingStep
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def randomised(method: str) -> DiT:
+    """A fresh DiT is the zero function; this one is not."""
+    torch.manual_seed(0)
+    network = create_model(method, Backbone.named("DiT-S/2", (16, 16), num_classes=10))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.03)
+    return network.cuda()
+
+
+def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    index = torch.arange(count, device="cuda")
+    return normal(Keys(0, 0, index), "test", (4, 16, 16)), index * 100, index % 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_autocast_is_near_float32(method: str) -> None:
+    network, inputs = randomised(method), batch()
+    with torch.no_grad():
+        exact = network(*inputs)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            rounded = network(*inputs)
+    assert exact.abs().max() > 0.1
+    assert (rounded.float() - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gpu_equals_cpu(method: str) -> None:
+    network, inputs = randomised(method), batch()
+    with torch.no_grad():
+        there = network(*inputs).cpu()
+        here = copy.deepcopy(network).cpu()(*(part.cpu() for part in inputs))
+    assert (there - here).abs().max() < 1e-3 * here.abs().max()
+
+
+def test_draws_are_those_of_the_cpu() -> None:
+    index = torch.arange(1000)
+    there = normal(Keys(3, 5, index.cuda()), "device", (17,)).cpu()
+    assert (there - normal(Keys(3, 5, index), "device", (17,))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_in_bf16_with_checkpointing_has_finite_gradients(method: str) -> None:
+    network = randomised(method)
+    checkpoint_blocks(network)
+    step = TrainingStep(network, EpsilonObjective(NoiseSchedule.linear(), 5.0, learned_variance=True), seed=0)
+    latents, _, labels = batch()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss, _ = step(latents, labels, torch.arange(8, device="cuda"), 0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sampling_depends_on_seed_and_index_alone(method: str) -> None:
+    network, device = randomised(method).eval(), torch.device("cuda")
+    settings = SamplingSettings(num_sampling_steps="4")
+    index = torch.arange(6)
+    whole = sample_latents(network, settings, index % 10, index, 0, device)
+    part = sample_latents(network, settings, index[2:4] % 10, index[2:4], 0, device)
+    assert (whole[2:4] - part).abs().max() < 1e-2 * whole.abs().max()
