@@ -18,7 +18,7 @@ from runtime.config import ArgumentParser, InputError, from_mapping, nearest, op
 from runtime.distributed import make_state
 from runtime.files import atomic_write
 from runtime.networks import summary
-from runtime.sampling import CheckpointSettings, open_checkpoint, picture_grid, sample_pictures
+from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_pictures
 
 IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes of DiT's well-known grid: what a network of 1000 classes shows when none are named."""
@@ -37,15 +37,18 @@ class GridSettings(CheckpointSettings):
 
 def sample(settings: GridSettings) -> None:
     """Checks, samples, writes one PNG."""
-    if min(settings.per_class, settings.batch_size, settings.columns or 1) < 1:
+    if min(settings.per_class, settings.batch_size, 1 if settings.columns is None else settings.columns) < 1:
         raise InputError("--per-class, --batch-size and --columns must be at least 1.")
-    checkpoint, spec = open_checkpoint(settings)
+    checkpoint, spec = open_checkpoint(settings, choose_checkpoint(settings))
     names = read_names(settings.class_names) if settings.class_names else checkpoint.classes
-    chosen = choose_classes(settings.class_labels, names, checkpoint.network.backbone.num_classes)
+    num_classes = checkpoint.network.backbone.num_classes
+    if names and len(names) != num_classes:
+        raise InputError(f"{settings.class_names} names {len(names)} classes, and the network has {num_classes}.")
+    chosen = choose_classes(settings.class_labels, names, num_classes)
     device = make_state().device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
-    codec, network = load_codec(spec, device), checkpoint.network.to(device)
-    print(f"{checkpoint.origin}\n{summary(network, checkpoint.model)}", flush=True)
+    codec, network = load_codec(spec, device), checkpoint.build().network.to(device)
+    print(f"{checkpoint.weights.origin}\n{summary(network, checkpoint.model)}", flush=True)
     labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])
     pictures = []
     for start in range(0, len(labels), settings.batch_size):

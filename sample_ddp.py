@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from data.latents import CodecSpec, load_codec
@@ -26,7 +27,14 @@ from runtime.distributed import make_state
 from runtime.files import sha256, write_json
 from runtime.networks import method_name, summary
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
-from runtime.sampling import Checkpoint, CheckpointSettings, draw_labels, open_checkpoint, sample_pictures
+from runtime.sampling import (
+    Checkpoint,
+    CheckpointSettings,
+    choose_checkpoint,
+    draw_labels,
+    open_checkpoint,
+    sample_pictures,
+)
 
 PROTOCOL = "protocol.json"
 
@@ -46,15 +54,20 @@ def sample(settings: SampleSettings) -> None:
     """Checks, then samples this process's blocks; the first process packs."""
     if settings.num_fid_samples < 1 or settings.per_proc_batch_size < 1:
         raise InputError("--num-fid-samples and --per-proc-batch-size must be at least 1.")
-    checkpoint, spec = open_checkpoint(settings)
+    if Path(settings.sample_dir).exists() and not Path(settings.sample_dir).is_dir():
+        raise InputError(f"--sample-dir {settings.sample_dir} is a file; name a folder.")
     state = make_state()
+    # One process chooses: a training that saves meanwhile could give each of them another newest checkpoint.
+    path = broadcast_object_list([choose_checkpoint(settings) if state.is_main_process else None])[0]
+    checkpoint, spec = open_checkpoint(settings, str(path))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     codec = load_codec(spec, state.device)
+    checkpoint = checkpoint.build()
     network = checkpoint.network.to(state.device)
     target = Path(settings.sample_dir, settings.sample_name or sample_name(settings, checkpoint))
     if state.is_main_process:
         begin(target, protocol(settings, checkpoint, spec, state.device))
-        print(f"{checkpoint.origin}\n{summary(checkpoint.network, checkpoint.model)}")
+        print(f"{checkpoint.weights.origin}\n{summary(checkpoint.network, checkpoint.model)}")
         print(
             f"{settings.num_fid_samples} pictures of {checkpoint.image_size} x {checkpoint.image_size} into {target}",
             flush=True,
@@ -115,7 +128,7 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "image_size": checkpoint.image_size,
         "num_classes": checkpoint.network.backbone.num_classes,
         "checkpoint": {"path": checkpoint.path, "sha256": hash_of(checkpoint.path), "step": checkpoint.step},
-        "weights": settings.weights,
+        "weights": checkpoint.kind,
         "guidance": {"scale": settings.cfg_scale, "channels": settings.guidance_channels},
         "sampler": settings.sampler,
         "steps": settings.num_sampling_steps,
@@ -137,11 +150,17 @@ def hash_of(path: str) -> str | None:
 
 def begin(target: Path, record: Mapping[str, Any]) -> None:
     """Writes the protocol record, or checks that the pictures already there were made by the same protocol."""
+    for folder, name in ((target, ""), (target.parent, f"{target.name}.npz.")):
+        for leftover in folder.glob(f".{name}*.partial"):
+            leftover.unlink()  # what a killed process left half written
     existing = target / PROTOCOL
     if existing.exists():
         before = json.loads(existing.read_text(encoding="utf-8"))
-        # Where and how many at a time does not change what a picture shows; a larger count extends a set.
-        differ = [key for key in record if key not in ("device", "versions", "count") and before.get(key) != record[key]]
+        # A larger count extends a set, and machine and versions are for the reader to judge.
+        same = [key for key in record if key not in ("device", "versions", "count", "checkpoint")]
+        differ = [key for key in same if before.get(key) != record[key]]
+        if identity(before["checkpoint"]) != identity(record["checkpoint"]):
+            differ.append("checkpoint")
         if differ:
             raise InputError(f"{target} holds pictures made with another {', '.join(differ)}; give another --sample-name or "
                              "--sample-dir, or delete them.")  # fmt: skip
@@ -150,6 +169,11 @@ def begin(target: Path, record: Mapping[str, Any]) -> None:
                          "--sample-name or --sample-dir.")  # fmt: skip
     write_json(existing, record)
     write_json(Path(f"{target}.json"), record)
+
+
+def identity(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells checkpoints apart: the file's hash and step, wherever it lies; the path where there is no hash."""
+    return checkpoint["sha256"] or checkpoint["path"], checkpoint["step"]
 
 
 def main() -> None:

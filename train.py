@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.features import BatchOrder, FeatureDataset, open_features
-from data.latents import Codec, load_codec, resolve_codec
+from data.latents import Codec, CodecSpec, load_codec, resolve_codec
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, checkpoint_blocks
@@ -74,8 +74,12 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     plan = blueprint(settings.method, backbone, options)
     schedule = NoiseSchedule.linear()
     schedule.respaced(settings.sample_steps)
+    grid_codec = grid_codec_of(settings, features) if settings.sample_every else None
     objective = EpsilonObjective(schedule, settings.min_snr_gamma, settings.learn_sigma)
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
+    for folder in (run.parent, run):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give another --results-dir or --run-name.")
     resume = resume_from(settings, run)
     description = describe(plan, settings.model)
     if resume:
@@ -86,9 +90,10 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
 
     accelerator = make_accelerator(precision, settings.gradient_accumulation)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    codec = load_codec(grid_codec, accelerator.device) if grid_codec and accelerator.is_main_process else None
     torch.manual_seed(settings.seed)
     network, loading = build_with(plan, weights) if weights else (build(plan), None)
-    grid = grid_maker(settings, features, accelerator.device, run) if settings.sample_every else None
+    grid = grid_maker(settings, codec, accelerator.device, run) if codec else None
     header = {"network": description, "data": data_header(features), "versions": versions(), "objective": "ddpm"}
     data = TrainingData(features, settings.seed, settings.global_batch_size)
     trainer = Trainer(settings, accelerator, network, objective, data, run, header, grid)
@@ -107,6 +112,10 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         for line in origin_lines(resume, trainer.step, weights.origin if weights else None, loading, precision_note):
             say(line)
     trainer.run()
+    # The data-parallel wrapper must not be the process group's last owner: its destructor would join gloo's threads while it
+    # holds the interpreter lock that they need, and the process would never end.
+    del trainer
+    accelerator.free_memory()
     accelerator.end_training()
 
 
@@ -132,7 +141,10 @@ def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
 
 def check_resumable(path: Path, settings: TrainingSettings, description: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     """InputError when the checkpoint was made with settings that give another run."""
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except InputError as error:
+        raise InputError(f"{error} Or delete it, and the same command continues from the checkpoint before.") from None
     if header is None or "settings" not in header:
         raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
     differences = changed(header["settings"], settings)
@@ -173,23 +185,25 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def grid_maker(
-    settings: TrainingSettings, features: FeatureDataset, device: torch.device, run: Path
-) -> Callable[[nn.Module], Tensor]:
-    """A function from the averaged network to a picture of samples, also written to the run's folder."""
-    codec_spec = resolve_codec(settings.vae) if settings.vae else features.codec
-    index = torch.arange(settings.sample_count)
-    labels = integers(Keys(settings.seed, 0, index), "grid label", features.num_classes)
-    sampling = SamplingSettings(cfg_scale=settings.cfg_scale, num_sampling_steps=settings.sample_steps, sampler="ddpm")
-    codec: list[Codec] = []
+def grid_codec_of(settings: TrainingSettings, features: FeatureDataset) -> CodecSpec:
+    """The decoder of sample grids: the features' own, or --vae. InputError where its latents are of another shape."""
+    codec = resolve_codec(settings.vae) if settings.vae else features.codec
+    if codec.latent_shape(settings.image_size) != features.latent_shape:
+        shape = codec.latent_shape(settings.image_size)
+        raise InputError(f"--vae {settings.vae} decodes latents of {shape}, and the features are {features.latent_shape}; give "
+                         f"the codec they were made with ({features.codec.name}).")  # fmt: skip
+    return codec
 
-    def make(network: nn.Module) -> Tensor:
-        if not codec:
-            codec.append(load_codec(codec_spec, device))
-        pictures = sample_pictures(network, codec[0], sampling, labels, index, settings.seed, device)
-        grid = picture_grid(pictures)
-        number = len(list((run / "samples").glob("*.png"))) + 1
-        with atomic_write(run / "samples" / f"{number:06d}.png") as temporary:
+
+def grid_maker(settings: TrainingSettings, codec: Codec, device: torch.device, run: Path) -> Callable[[nn.Module, int], Tensor]:
+    """A function from the averaged network and the step to a picture of samples, also written to the run's folder."""
+    index = torch.arange(settings.sample_count)
+    sampling = SamplingSettings(cfg_scale=settings.cfg_scale, num_sampling_steps=settings.sample_steps, sampler="ddpm")
+
+    def make(network: Any, step: int) -> Tensor:
+        labels = integers(Keys(settings.seed, 0, index), "grid label", network.backbone.num_classes)
+        grid = picture_grid(sample_pictures(network, codec, sampling, labels, index, settings.seed, device))
+        with atomic_write(run / "samples" / f"{step:07d}.png") as temporary:
             Image.fromarray(grid.numpy()).save(temporary, format="png")
         return grid
 
@@ -204,12 +218,15 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--layout", default="ours", choices=("ours", "released"), help="key names (default: ours)")
     parser.add_argument("--raw", action="store_true", help="the raw weights in place of the averaged ones")
     chosen = parser.parse_args(arguments)
-    header = read_header(chosen.checkpoint)
-    if header is None or "step" not in header:
-        raise InputError(f"{chosen.checkpoint} is no training checkpoint of ours.")
+    header = read_header(chosen.checkpoint) if chosen.checkpoint.endswith(".safetensors") else None
+    if header is None or "settings" not in header:
+        raise InputError(f"{chosen.checkpoint} is no training checkpoint; give one that train.py wrote under checkpoints/.")
+    if chosen.layout == "ours" and not chosen.output.endswith(".safetensors"):
+        raise InputError(f"{chosen.output}: our layout is written as .safetensors; give such a name, or --layout released.")
     network = build(described(header["network"]))
     network.load_state_dict(read_tensors(chosen.checkpoint, "model/" if chosen.raw else "ema/"))
     kept = {key: header[key] for key in ("network", "data", "versions", "objective", "step")}
+    kept["weights"] = "raw" if chosen.raw else "ema"
     if chosen.layout == "ours":
         save_checkpoint(chosen.output, network.state_dict(), kept)
     else:

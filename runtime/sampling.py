@@ -5,9 +5,10 @@ Label, start noise and each step's noise of picture i are functions of (seed, i)
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from diffusion.guidance import classifier_free_guidance
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT
-from runtime.checkpoint import checkpoints, read_header, read_weights
+from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
-from runtime.networks import build_with, described, recognized
+from runtime.networks import build_with, described, fit_weights, recognized
 from runtime.seeding import Keys, integers, normal
 
 LATENT_FACTOR = 8
@@ -53,16 +54,22 @@ class CheckpointSettings(SamplingSettings):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network ready to sample, and what is known of where it comes from."""
+    """A network to sample from, and what is known of where it comes from. `network` is a blueprint until `build`."""
 
     network: DiT
+    weights: Weights
     path: str
-    origin: str
     model: str
     image_size: int
     codec: Mapping[str, Any] | None  # the codec's facts, where the checkpoint has them
     classes: Sequence[str] | None
     step: int | None
+    kind: str  # "ema" or "raw"; "released" where the file does not say
+
+    def build(self) -> Checkpoint:
+        """The same with its weights in a network on the CPU."""
+        network, _ = build_with(self.network, self.weights)
+        return replace(self, network=network.eval().requires_grad_(False))
 
     def check_codec(self, spec: CodecSpec) -> None:
         """InputError unless the codec decodes this network's latents to pictures of its size."""
@@ -75,12 +82,16 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(settings: CheckpointSettings) -> tuple[Checkpoint, CodecSpec]:
-    """The network that the flags name, and its decoder, checked against each other. InputError where they do not fit."""
+def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint, CodecSpec]:
+    """The blueprint of the network at `path`, and its decoder, checked against each other and the flags.
+
+    InputError where they do not fit; nothing large has been made by then.
+    """
     NoiseSchedule.linear().respaced(settings.num_sampling_steps)
     asked_codec = resolve_codec(settings.vae) if settings.vae else None
-    path = settings.ckpt or str(find_checkpoint(Path(settings.results_dir), settings.model, settings.image_size))
-    checkpoint = load_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
+    checkpoint = read_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
+    if settings.weights == "raw" and checkpoint.kind != "raw":
+        raise InputError(f"{path} holds {checkpoint.kind} weights alone, no raw ones; leave out --weights raw.")
     spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))
     checkpoint.check_codec(spec)
     there = checkpoint.network.backbone.num_classes
@@ -89,28 +100,28 @@ def open_checkpoint(settings: CheckpointSettings) -> tuple[Checkpoint, CodecSpec
     return checkpoint, spec
 
 
-def find_checkpoint(results: Path, model: str | None, image_size: int | None) -> Path:
-    """The newest checkpoint of a run under `results` that matches model and size (None: any).
+def choose_checkpoint(settings: CheckpointSettings) -> str:
+    """--ckpt, or the newest checkpoint of a run under --results-dir that matches model and size (where they are given).
 
     InputError says what is missing.
     """
-    wanted = f"{model or 'any model'} at size {image_size or 'any'}"
+    if settings.ckpt:
+        return settings.ckpt
     found = []
-    for config in results.glob("*/config.json"):
-        saved = checkpoints(config.parent)
-        header = read_header(saved[-1]) if saved else None
-        if header is None or (model is not None and header["network"]["model"] != model):
-            continue
-        if image_size is None or header["data"]["image_size"] == image_size:
+    for config in Path(settings.results_dir).glob("*/config.json"):
+        saved, content = checkpoints(config.parent), json.loads(config.read_text(encoding="utf-8"))
+        fits = settings.model in (None, content["network"]["model"])
+        if saved and fits and settings.image_size in (None, content["data"]["image_size"]):
             found.append(saved[-1])
     if not found:
-        raise InputError(f"no --ckpt is given and {results} holds no run of {wanted}; train one with train.py, or give --ckpt "
-                         "(or another --results-dir).")  # fmt: skip
-    return max(found, key=lambda path: path.stat().st_mtime)
+        wanted = f"{settings.model or 'any model'} at size {settings.image_size or 'any'}"
+        raise InputError(f"no --ckpt is given and {settings.results_dir} holds no run of {wanted}; train one with train.py, "
+                         "or give --ckpt (or another --results-dir).")  # fmt: skip
+    return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
-def load_checkpoint(path: str, model: str | None, image_size: int | None, averaged: bool = True) -> Checkpoint:
-    """Network and facts of a checkpoint: of ours from its header, of a released one from its keys, `model` and size.
+def read_checkpoint(path: str, model: str | None, image_size: int | None, averaged: bool = True) -> Checkpoint:
+    """Facts and weights of a checkpoint: of ours from its header, of a released one from its keys, `model` and size.
 
     Raises InputError when flags and checkpoint contradict each other.
     """
@@ -121,17 +132,20 @@ def load_checkpoint(path: str, model: str | None, image_size: int | None, averag
         if image_size % LATENT_FACTOR:
             raise InputError(f"--image-size {image_size} is not divisible by {LATENT_FACTOR}.")
         plan = recognized(weights, model, (image_size // LATENT_FACTOR,) * 2)
-        codec, classes, step = None, None, None
-    else:
-        description, data = header["network"], header["data"]
-        for name, asked, there in (("model", model, description["model"]), ("image-size", image_size, data["image_size"])):
-            if asked is not None and asked != there:
-                raise InputError(f"{path} holds a network for --{name} {there}, not {asked}; leave the flag out or correct it.")
-        model, image_size = description["model"], data["image_size"]
-        plan, codec, classes, step = described(description), data["codec"], data["classes"], header["step"]
-    network, _ = build_with(plan, weights)
-    network.eval().requires_grad_(False)
-    return Checkpoint(network, path, weights.origin, str(model), int(image_size or 0), codec, classes, step)
+        fit_weights(weights, plan)
+        return Checkpoint(plan, weights, path, model, image_size, None, None, None, "released")
+    description, data = header["network"], header["data"]
+    for name, asked, there in (("model", model, description["model"]), ("image-size", image_size, data["image_size"])):
+        if asked is not None and asked != there:
+            raise InputError(f"{path} holds a network for --{name} {there}, not {asked}; leave the flag out or correct it.")
+    kind = header.get("weights") or ("ema" if averaged else "raw")
+    return Checkpoint(described(description), weights, path, description["model"], data["image_size"], data["codec"],
+                      data["classes"], header["step"], kind)  # fmt: skip
+
+
+def load_checkpoint(path: str, model: str | None, image_size: int | None, averaged: bool = True) -> Checkpoint:
+    """As `read_checkpoint`, with the network built."""
+    return read_checkpoint(path, model, image_size, averaged).build()
 
 
 def draw_labels(mode: str, num_classes: int, seed: int, index: Tensor) -> Tensor:

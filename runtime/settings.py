@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -61,11 +62,27 @@ class TrainingSettings:
     non_finite_limit: int = option(5, "stop after this many steps in a row whose gradients are not finite")
 
 
-POSITIVE = ("image_size", "global_batch_size", "gradient_accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
+LEAST = {
+    1: (
+        "image_size",
+        "max_steps",
+        "epochs",
+        "global_batch_size",
+        "gradient_accumulation",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "sample_count",
+        "non_finite_limit",
+    ),
+    0: ("warmup_steps", "weight_decay", "sample_every", "gradient_clip"),
+}
+"""The least value of settings that may not be smaller."""
 
 MAY_CHANGE = frozenset(
     {
         "feature_path",
+        "num_classes",  # the network has its own, which is compared
         "results_dir",
         "run_name",
         "resume",
@@ -97,7 +114,7 @@ def parse_training(arguments: Sequence[str], prog: str = "train.py") -> tuple[Tr
     first.add_argument("--method")
     known, _ = first.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
     content = load_yaml(known.config) if known.config else {}
-    method = method_class(known.method or content.get("method", TrainingSettings.method))
+    method = method_class(str(known.method or content.get("method", TrainingSettings.method)))
     parser = training_parser(method, prog)
     flags = vars(parser.parse_args(arguments))
     flags.pop("config", None)
@@ -147,16 +164,16 @@ def split_yaml(content: Mapping[str, Any], where: str, options_type: type) -> tu
 
 def check(settings: TrainingSettings) -> None:
     """InputError for values that no run can use."""
-    for name in POSITIVE:
-        if getattr(settings, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1.")
+    for least, names in LEAST.items():
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not least <= value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
     for name in ("label_drop", "ema_decay"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be between 0 and 1.")
-    if settings.max_steps is not None and settings.max_steps < 1:
-        raise InputError(f"--max-steps is {settings.max_steps}; it must be at least 1.")
-    if not settings.learning_rate > 0:
-        raise InputError(f"--learning-rate is {settings.learning_rate}; it must be above 0.")
+    if not 0 < settings.learning_rate < math.inf:
+        raise InputError(f"--learning-rate is {settings.learning_rate}; it must be above 0 and finite.")
 
 
 def changed(saved: Mapping[str, Any], settings: TrainingSettings) -> list[str]:

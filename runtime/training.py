@@ -79,9 +79,9 @@ class Trainer:
         data: Data,
         run: Path,
         header: Mapping[str, Any],
-        grid: Callable[[nn.Module], Tensor] | None = None,
+        grid: Callable[[nn.Module, int], Tensor] | None = None,
     ) -> None:
-        """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) from the averaged network."""
+        """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) of the averaged network and step."""
         self.settings, self.accelerator, self.data, self.run_folder = settings, accelerator, data, run
         self.header, self.grid = dict(header), grid
         self.network = network.to(accelerator.device)
@@ -115,13 +115,13 @@ class Trainer:
                 bar.update()
                 if self.step % self.settings.log_every == 0 or self.step == self.last_step:
                     values = self._averages(gradient_norm)
-                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                    bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}")
                     if log:
                         log.scalars(self.step, values)
                 if main and self.step % self.settings.checkpoint_every == 0:
                     self.save()
                 if log and self.grid and self.step % self.settings.sample_every == 0:
-                    log.picture(self.step, "samples", self.grid(self.ema.network))
+                    log.picture(self.step, "samples", self.grid(self.ema.network, self.step))
             if main and not checkpoint_path(self.run_folder, self.step).exists():
                 self.save()
             if main and self.step < self.last_step:
@@ -147,6 +147,7 @@ class Trainer:
         device, processes = self.accelerator.device, self.accelerator.num_processes
         accumulation = self.settings.gradient_accumulation
         share = self.settings.global_batch_size // (processes * accumulation)
+        losses: dict[str, Tensor] = {}
         for micro in range(accumulation):
             start = (micro * processes + self.accelerator.process_index) * share
             positions = torch.arange(start, start + share)
@@ -155,11 +156,11 @@ class Trainer:
                 loss, parts = self.step_module(latents, labels, positions.to(device), self.step)
                 self.accelerator.backward(loss)
             for name, value in parts.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value.float() / accumulation
-        return self._update()
+                losses[name] = losses.get(name, 0.0) + value.float() / accumulation
+        return self._update(losses)
 
-    def _update(self) -> Tensor:
-        """Applies the accumulated gradients, unless they are not finite; then the average follows."""
+    def _update(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Applies the accumulated gradients, unless they are not finite; then the average and the logged losses follow."""
         self.accelerator.unscale_gradients(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = get_total_norm(gradients)
@@ -172,9 +173,11 @@ class Trainer:
         self.optimizer.zero_grad()
         if finite:
             self.ema.update(self.network, self.step)
+            self._summed += 1
+            for name, value in losses.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
         self._count_skipped(finite)
         self.step += 1
-        self._summed += 1
         return norm
 
     def _count_skipped(self, finite: bool) -> None:
@@ -192,16 +195,18 @@ class Trainer:
             )
 
     def _averages(self, gradient_norm: Tensor) -> dict[str, float]:
-        """Mean losses since the last call over all processes, and the speed."""
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name] / self._summed for name in names])
-        means = self.accelerator.reduce(means, reduction="mean")
+        """Mean losses of the finite steps since the last call, over all processes, and the speed."""
+        values: dict[str, float] = {}
+        if self._summed:  # the same on every process, as all skip the same steps
+            names = sorted(self._sums)
+            means = torch.stack([self._sums[name] / self._summed for name in names])
+            means = self.accelerator.reduce(means, reduction="mean")
+            averages = dict(zip(names, means.tolist(), strict=True))
+            values = {"loss": averages.pop("loss"), **averages}
         seconds = time.perf_counter() - self._started
         speed = (self.step - self._logged_step) / seconds
-        values = dict(zip(names, means.tolist(), strict=True))
-        values = {"loss": values.pop("loss"), **values, "gradient_norm": float(gradient_norm)}
-        if not math.isfinite(values["gradient_norm"]):
-            del values["gradient_norm"]  # JSON has no NaN; skipped_steps tells of it
+        if torch.isfinite(gradient_norm):  # JSON has no NaN; skipped_steps tells of it
+            values["gradient_norm"] = float(gradient_norm)
         values |= {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "steps_per_second": speed,

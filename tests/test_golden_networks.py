@@ -7,6 +7,7 @@ are loaded into a SparseDiT.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ conversions = [pytest.param(path, id=label(path)) for path in FILES if "missing"
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_without_gradients():
+def _one_thread_without_gradients() -> Iterator[None]:
     """Networks this small lose more to waking threads than they win."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,10 +7,11 @@ parameters first. The draws are keyed, so the values do not depend on torch's ge
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,15 @@ def randomized(module: Module, seed: int = 0) -> Module:
 def network(method: str, backbone: Backbone, options: Mapping[str, Any] | None = None, seed: int = 0) -> DiT:
     """A network of `method` whose output is not small."""
     return randomized(create_model(method, backbone, options), seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For a module that imports it: networks this small lose more to waking threads than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny(model: str = "DiT-T/2", latent_size: tuple[int, int] = (16, 16), **sizes: Any) -> Backbone:

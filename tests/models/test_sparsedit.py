@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from models.sparsedit import (
 from models.weights import load, plan_loading
 from runtime.config import InputError
 from tests.models.random_networks import distance, inputs, network, randomized, tiny
+from tests.models.random_networks import one_thread as one_thread
 
 EXACT = 1e-12
 """Float64 networks are compared to rounding: the two forms are the same function."""
@@ -50,9 +51,9 @@ GRIDS = {
 # The slow form -------------------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with the matrix written out. q (N, Q, D), k and v (N, K, D) -> (N, Q, D)"""
-    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))  # each (N, heads, tokens, d)
+def attend(projected: Sequence[Tensor], heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with the matrix written out. `projected`: q (N, Q, D), k and v (N, K, D) -> (N, Q, D)"""
+    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in projected)  # each (N, heads, tokens, d)
     matrix = torch.softmax(q @ k.transpose(2, 3) / q.shape[3] ** 0.5, dim=3)  # (N, heads, Q, K)
     return (matrix @ v).transpose(1, 2).flatten(2)
 
@@ -86,12 +87,12 @@ def slow_block(block: Any, tokens: Tensor, keys: Tensor, modulation: Tensor) -> 
     if isinstance(block, PoolingBlock):
         return framed(block, tokens, modulation, lambda norm: averaged(attn.v(norm(tokens))))
     if isinstance(block, Block):
-        return framed(block, tokens, modulation, lambda norm: attend(*attn.qkv(norm(tokens)).chunk(3, dim=2), attn.num_heads))
+        return framed(block, tokens, modulation, lambda norm: attend(attn.qkv(norm(tokens)).chunk(3, dim=2), attn.num_heads))
     return framed(
         block,
         tokens,
         modulation,
-        lambda norm: attend(attn.q(norm(tokens)), *attn.kv(norm(keys)).chunk(2, dim=2), attn.num_heads),
+        lambda norm: attend((attn.q(norm(tokens)), *attn.kv(norm(keys)).chunk(2, dim=2)), attn.num_heads),
     )
 
 

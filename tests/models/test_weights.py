@@ -19,6 +19,7 @@ from runtime.checkpoint import Weights, read_weights, save_checkpoint
 from runtime.config import InputError
 from runtime.networks import blueprint, build, build_with, canonical, describe, fit_weights, recognized
 from tests.models.random_networks import distance, inputs, network, tiny
+from tests.models.random_networks import one_thread as one_thread
 from tests.models.weight_files import WRITERS, State, Writer, as_fast_dit
 
 SPLITS: Mapping[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ def test_the_raw_weights_of_a_fast_dit_checkpoint_on_request(tmp_path: Path) -> 
 def diffusers_network(shared: bool = True) -> Any:
     """diffusers' DiT of the debug size, every weight drawn. Its conversion of DiT keeps a copy of the embedders per block."""
     torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(
+    model: Any = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=12, num_layers=8, sample_size=16, num_embeds_ada_norm=10, out_channels=8,
         norm_eps=1e-6,
     )  # fmt: skip

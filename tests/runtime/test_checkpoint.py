@@ -25,6 +25,7 @@ from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_hea
 from runtime.config import InputError
 from runtime.files import atomic_write, sha256, write_json
 from tests.models.random_networks import network, tiny
+from tests.models.random_networks import one_thread as one_thread
 from tests.models.weight_files import Writer, as_fast_dit, as_old_pt, as_pt, as_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models import checkpoint_blocks, create_model
 from runtime.ema import ExponentialMovingAverage
 from tests.models.random_networks import network, tiny
+from tests.models.random_networks import one_thread as one_thread
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,6 +13,7 @@ from runtime.checkpoint import Weights
 from runtime.config import InputError
 from runtime.networks import blueprint, build, build_with, describe, described, fit_weights, method_name, recognized, summary
 from tests.models.random_networks import network, tiny
+from tests.models.random_networks import one_thread as one_thread
 
 every_method = pytest.mark.parametrize("method", METHODS)
 

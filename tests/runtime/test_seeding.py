@@ -91,13 +91,13 @@ def test_a_longer_draw_begins_with_the_shorter_one(draw: Callable[..., Tensor]) 
 
 @every_draw
 def test_drawing_leaves_global_generators_alone(draw: Callable[..., Tensor]) -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()  # noqa: NPY002
     first = draw(keys(range(3)), "noise", (5,))
     permutation(0, "order", 0, 10)
     torch.manual_seed(99)
     assert torch.equal(draw(keys(range(3)), "noise", (5,)), first)
     torch.set_rng_state(torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert (np.random.get_state(legacy=False)["state"]["key"] == numpy_state).all()  # noqa: NPY002
 
 
 COUNT = 100_000
