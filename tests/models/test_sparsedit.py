@@ -378,9 +378,9 @@ def test_default_splits_fill_the_depth(depth: int) -> None:
         ({"module_blocks": (0, 4, 1, 1)}, ["module_blocks is 0,4,1,1", "one merge"]),
         ({"module_blocks": (1, 4, 0, 1)}, ["module_blocks is 1,4,0,1", "one recover"]),
         ({"module_blocks": (1, -1, 1, 1)}, ["module_blocks is 1,-1,1,1", "negative"]),
-        ({"poolingformer_blocks": -1}, ["poolingformer_blocks is -1", "negative"]),
-        ({"modules": -1}, ["modules is -1", "negative"]),
-        ({"top_blocks": -1}, ["top_blocks is -1", "negative"]),
+        ({"poolingformer_blocks": -1}, ["poolingformer_blocks is -1"]),
+        ({"modules": -1}, ["modules is -1"]),
+        ({"top_blocks": -1}, ["top_blocks is -1"]),
     ],
     ids=str,
 )
