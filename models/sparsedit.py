@@ -86,8 +86,10 @@ class Split(NamedTuple):
         if len(sparse_grid) != 2 or any(not 1 <= small <= side for small, side in zip(sparse_grid, grid, strict=True)):
             shown = "x".join(map(str, sparse_grid))
             raise InputError(f"sparse grid {shown} does not fit the token map of {grid[0]}x{grid[1]}; give at most its sides.")
-        counts = (*group, self.poolingformer_blocks, self.modules, self.top_blocks)
-        if len(group) != 4 or group[0] < 1 or group[2] < 1 or min(counts) < 0:
+        for name, least in (("poolingformer_blocks", 0), ("modules", 1), ("top_blocks", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if len(group) != 4 or group[0] < 1 or group[2] < 1 or min(group) < 0:
             raise InputError(
                 f"module_blocks is {','.join(map(str, group))}; it takes four counts merge,sparse,recover,dense, with at least "
                 "one merge and one recover block, and no count may be negative."

@@ -36,7 +36,9 @@ class Rows:
     stop: int = 3
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        return whole if self.stop - self.start == 3 else (whole[0] // 3 * (self.stop - self.start), *whole[1:])
+        # Rows that do not divide by three are no qkv projection: their whole shape fits nothing.
+        whole_taken = self.stop - self.start == 3 or whole[0] % 3
+        return whole if whole_taken else (whole[0] // 3 * (self.stop - self.start), *whole[1:])
 
     def of(self, tensor: Tensor) -> Tensor:
         third = tensor.shape[0] // 3
@@ -82,13 +84,15 @@ def plan_loading(network: DiT, shapes: Shapes, methods: Mapping[str, type[DiT]])
     elif method == next(iter(methods)):  # the dense DiT stands first in the registry
         rules = network.dense_rules()
     else:
-        ours = next(name for name, kind in methods.items() if type(network) is kind)
-        raise InputError(f"the checkpoint holds a {method} network, and --method {ours} starts from dense DiT or {ours} "
+        own = next(name for name, kind in methods.items() if type(network) is kind)
+        raise InputError(f"the checkpoint holds a {method} network, and --method {own} starts from dense DiT or {own} "
                          f"weights; give one of those or --method {method}.")  # fmt: skip
-    return _accounted(rules, layout, {key: tuple(value.shape) for key, value in network.state_dict().items()}, shapes)
+    ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    rows, columns = network.backbone.grid
+    return _accounted(rules, layout, ours, shapes, square=rows == columns)
 
 
-def _accounted(rules: DenseRules, layout: str, ours: Shapes, theirs: Shapes) -> LoadingPlan:
+def _accounted(rules: DenseRules, layout: str, ours: Shapes, theirs: Shapes, square: bool) -> LoadingPlan:
     sources, new, dropped = dict(rules.sources), set(rules.new), set(rules.dropped)
     notes, warnings = [], []
     label, position = sources.get(LABEL_TABLE), sources.get(POSITION_TABLE)
@@ -97,8 +101,9 @@ def _accounted(rules: DenseRules, layout: str, ours: Shapes, theirs: Shapes) -> 
         warnings.append(f"the label table is re-initialised: the checkpoint has {there} classes, this network {here}")
         new.add(LABEL_TABLE)
         dropped.add(sources.pop(LABEL_TABLE))
-    if position and theirs.get(position.key) != ours[POSITION_TABLE]:
-        # The table is a formula of the grid, not a learned weight; diffusers does not even store it.
+    if position and (theirs.get(position.key) != ours[POSITION_TABLE] or not square):
+        # The table is a formula of the grid, not a learned weight; diffusers does not even store it. A table of the right
+        # length may be that of another rectangle.
         notes.append("the position table is computed for this latent size")
         new.add(POSITION_TABLE)
         if sources.pop(POSITION_TABLE).key in theirs:
@@ -149,7 +154,11 @@ def export(network: DiT, layout: str) -> dict[str, Tensor]:
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Removes `module.` (data parallel) and `_orig_mod.` (torch.compile) from the front of every key, however often."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key).replace("._orig_mod.", "."): value for key, value in state.items()}
+    names = {key: re.sub(r"^(module\.|_orig_mod\.)+", "", key).replace("._orig_mod.", ".") for key in state}
+    if len(set(names.values())) < len(names):
+        raise InputError("the checkpoint holds weights with and without a `module.` or `_orig_mod.` prefix under one name; "
+                         "save one of the two alone.")  # fmt: skip
+    return {names[key]: value for key, value in state.items()}
 
 
 DIFFUSERS_BLOCK = {

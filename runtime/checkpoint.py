@@ -136,7 +136,7 @@ def _read_pickle(path: Path, averaged: bool) -> Weights:
             raise InputError(f"{path} holds a pickled {reason[1]}, which could run code and is not loaded; save its state "
                              "dictionary alone.") from None  # fmt: skip
         raise InputError(f"{path} is truncated or no checkpoint; copy or download it again.") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+    except Exception:  # what is no pickle can fail anywhere in the unpickler: IndexError, struct.error, AssertionError, ...
         raise InputError(f"{path} is truncated or no checkpoint; copy or download it again.") from None
     kind = ""
     for name in ("ema", "model", "state_dict") if averaged else ("model", "state_dict", "ema"):

@@ -33,8 +33,11 @@ def option(default: Any, help: str, *, flags: Sequence[str] = ()) -> Any:
 
 def nearest(word: str, choices: Sequence[str]) -> str:
     """', did you mean X?' where a choice is close to `word`, and the list of choices where none is."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(choices)}."
+    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    if close:
+        # Two letters swapped are the commonest slip, and difflib prefers a longer word to them.
+        return f"; did you mean {next((choice for choice in close if sorted(choice) == sorted(word)), close[0])!r}?"
+    return f"; choose from {', '.join(choices)}." if choices else "; there is nothing to set."
 
 
 def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
@@ -128,7 +131,7 @@ def _scalar(value: Any, annotation: type, name: str) -> Any:
             raise InputError(f"{name} must be a whole number, not {value!r}.")
         try:
             return annotation(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     raise InputError(f"{name} must be {kinds[annotation]}, not {value!r}.")
 
@@ -180,7 +183,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.rstrip('.')}. ({self.prog} --help lists the flags.)")
+        raise InputError(f"{message}{'' if message[-1] in '.?' else '.'} ({self.prog} --help lists the flags.)")
 
 
 def _shown(value: Any) -> str:

@@ -51,11 +51,20 @@ def fit_weights(weights: Weights, plan: DiT) -> tuple[dict[str, Tensor], Loading
 
     Raises InputError, naming the checkpoint, when they do not fit.
     """
-    state = canonical(weights)
     try:
+        state = canonical(weights)
+        _check_heads(weights, plan)
         return state, plan_loading(plan, _shapes(state), METHODS)
     except InputError as error:
         raise InputError(f"{weights.origin}: {error}") from None
+
+
+def _check_heads(weights: Weights, plan: DiT) -> None:
+    """Heads leave no trace in the shapes; our header knows them."""
+    heads = (weights.header or {}).get("network", {}).get("backbone", {}).get("num_heads", plan.backbone.num_heads)
+    if heads != plan.backbone.num_heads:
+        raise InputError(f"the checkpoint's attention has {heads} heads and --model asks for {plan.backbone.num_heads}; give "
+                         "the checkpoint's --model.")  # fmt: skip
 
 
 def build_with(plan: DiT, weights: Weights) -> tuple[DiT, LoadingPlan]:

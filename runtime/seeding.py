@@ -49,8 +49,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 def uniform(keys: Keys, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
     """Independent uniform numbers in (0, 1). -> (N, *shape) float32 on the device of `keys.index`."""
-    # 24 bits fill a float32 mantissa; the half keeps both ends open.
-    return _shaped(_words(keys, purpose, math.prod(shape)), shape, lambda w: ((w >> 8).double() + 0.5) * 2.0**-24).float()
+    # 23 bits and a half are exact in float32: the half keeps both ends open, where a 24th bit would round up to 1.
+    return _shaped(_words(keys, purpose, math.prod(shape)), shape, lambda w: ((w >> 9).double() + 0.5) * 2.0**-23).float()
 
 
 def normal(keys: Keys, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
@@ -71,8 +71,9 @@ def integers(keys: Keys, purpose: str, high: int, shape: tuple[int, ...] = ()) -
 def permutation(seed: int, purpose: str, epoch: int, size: int) -> np.ndarray:
     """A random order of 0 .. size - 1 named by (seed, purpose, epoch). -> (size,) int64"""
     low, high = _key(seed, purpose)
-    generator = np.random.Generator(np.random.Philox(key=[low | high << 32, epoch]))
-    return generator.permutation(size)
+    # An array of its type: numpy turns a list with a number above 2**63 into float64, which drops the key's last bits.
+    key = np.array([low | high << 32, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(size)
 
 
 def _key(seed: int, purpose: str) -> tuple[int, int]:

@@ -40,7 +40,8 @@ class TrainingSettings:
     learning_rate: float = option(1e-4, "AdamW's rate", flags=("--lr",))
     learning_rate_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up")
     warmup_steps: int = option(0, "steps in which the rate rises from 0")
-    weight_decay: float = option(0.0, "AdamW's decay")
+    adam_beta2: float = option(0.999, "AdamW's decay of squared gradients; lower adapts sooner in short runs")
+    weight_decay: float = option(0.0, "AdamW's decay of weights")
     gradient_clip: float | None = option(None, "largest gradient norm; none: not clipped")
     min_snr_gamma: float | None = option(None, "weight the loss by min(snr, gamma)/snr; the method's recipe sets it, none: off")
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance")
@@ -75,7 +76,7 @@ LEAST = {
         "sample_count",
         "non_finite_limit",
     ),
-    0: ("warmup_steps", "weight_decay", "sample_every", "gradient_clip"),
+    0: ("warmup_steps", "weight_decay", "sample_every"),
 }
 """The least value of settings that may not be smaller."""
 
@@ -169,16 +170,19 @@ def check(settings: TrainingSettings) -> None:
             value = getattr(settings, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
-    for name in ("label_drop", "ema_decay"):
+    for name in ("label_drop", "ema_decay", "adam_beta2"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be between 0 and 1.")
-    if not 0 < settings.learning_rate < math.inf:
-        raise InputError(f"--learning-rate is {settings.learning_rate}; it must be above 0 and finite.")
+    for name in ("learning_rate", "gradient_clip"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite.")
 
 
 def changed(saved: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
     """Settings that differ from a checkpoint's and may not: "name (saved value, not new value)"."""
     now = to_mapping(settings)
+    saved = {**to_mapping(TrainingSettings()), **saved}  # a checkpoint may be older than a setting
     # With a cosine the length of the run decides every step's rate.
     fixed = set(now) - MAY_CHANGE | ({"max_steps", "epochs"} if settings.learning_rate_schedule == "cosine" else set())
     return [f"{name} ({saved[name]}, not {now[name]})" for name in now if name in fixed and saved.get(name) != now[name]]

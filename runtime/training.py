@@ -87,7 +87,12 @@ class Trainer:
         self.network = network.to(accelerator.device)
         self.ema = ExponentialMovingAverage(self.network, settings.ema_decay, settings.ema_warmup)
         self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(0.9, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+        )
         step_module = TrainingStep(self.network, objective, settings.seed)
         self.step_module, self.optimizer = accelerator.prepare(step_module, optimizer)
         self.last_step = settings.max_steps or math.ceil(settings.epochs * len(data) / settings.global_batch_size)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden_files import GOLDEN, keys, label, npz_files
 from torch import Tensor
 
 from diffusion.guidance import classifier_free_guidance, combine
@@ -22,7 +23,6 @@ from models import METHODS, Backbone, DiT
 from models.weights import LoadingPlan, identify
 from runtime.checkpoint import Weights
 from runtime.networks import blueprint, build_with
-from tests.golden_files import GOLDEN, keys, label, npz_files
 
 TOLERANCE = 2e-5
 GUIDANCE = {"cfg_x", "cfg_t", "cfg_y", "cfg_scale", "cfg_out"}
@@ -98,7 +98,7 @@ conversions = [pytest.param(path, id=label(path)) for path in FILES if "missing"
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_without_gradients() -> Iterator[None]:
+def one_thread_without_gradients() -> Iterator[None]:
     """Networks this small lose more to waking threads than they win."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_files import GOLDEN, keys, label, npz_files
 from torch import Tensor
 
 import diffusion.gaussian as gaussian
 from diffusion.gaussian import EpsilonObjective, predicted_moments, q_sample
 from diffusion.samplers import ddim, ddpm
 from diffusion.schedule import NoiseSchedule, respaced_timesteps
-from tests.golden_files import GOLDEN, keys, label, npz_files
 
 TOLERANCE = 2e-5
 
