@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.latents import load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, nearest, option, run_script
-from runtime.distributed import make_state
+from runtime.distributed import make_state, set_numerics
 from runtime.files import atomic_write
 from runtime.networks import summary
 from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_pictures
@@ -46,7 +46,7 @@ def sample(settings: GridSettings) -> None:
         raise InputError(f"{settings.class_names} names {len(names)} classes, and the network has {num_classes}.")
     chosen = choose_classes(settings.class_labels, names, num_classes)
     device = make_state().device
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    set_numerics(settings.tf32)
     codec, network = load_codec(spec, device), checkpoint.build().network.to(device)
     print(f"{checkpoint.weights.origin}\n{summary(network, checkpoint.model)}", flush=True)
     labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])

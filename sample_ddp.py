@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.latents import CodecSpec, load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
-from runtime.distributed import make_state
+from runtime.distributed import make_state, set_numerics
 from runtime.files import sha256, write_json
 from runtime.networks import method_name, summary
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
@@ -60,7 +60,7 @@ def sample(settings: SampleSettings) -> None:
     # One process chooses: a training that saves meanwhile could give each of them another newest checkpoint.
     path = broadcast_object_list([choose_checkpoint(settings) if state.is_main_process else None])[0]
     checkpoint, spec = open_checkpoint(settings, str(path))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    set_numerics(settings.tf32)
     codec = load_codec(spec, state.device)
     checkpoint = checkpoint.build()
     network = checkpoint.network.to(state.device)

@@ -25,13 +25,14 @@ from data.latents import Codec, CodecSpec, load_codec, resolve_codec
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, checkpoint_blocks
+from models.weights import LoadingPlan, load
 from models.weights import export as export_state
 from runtime.checkpoint import checkpoints, read_header, read_tensors, read_weights, save_checkpoint
 from runtime.config import ArgumentParser, InputError, run_script
-from runtime.distributed import choose_precision, make_accelerator, promised_processes
+from runtime.distributed import choose_precision, make_accelerator, promised_processes, set_numerics
 from runtime.files import atomic_write, write_json
 from runtime.logs import say
-from runtime.networks import blueprint, build, build_with, describe, described, fit_weights, summary
+from runtime.networks import blueprint, build, describe, described, fit_weights, summary
 from runtime.sampling import SamplingSettings, picture_grid, sample_pictures
 from runtime.seeding import Keys, integers
 from runtime.settings import TrainingSettings, changed, parse_training
@@ -49,8 +50,8 @@ class TrainingData:
         return len(self.features)
 
     def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        keys = Keys(self.seed, step, positions.to(device))
-        return self.features.batch(self.order.indices(step, positions.numpy()), keys)
+        keys = Keys(self.seed, step, positions)
+        return self.features.batch(self.order.indices(step, positions.numpy()), keys, device)
 
 
 def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
@@ -85,14 +86,17 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     if resume:
         check_resumable(resume, settings, description, data_header(features))
     weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
-    if weights:
-        fit_weights(weights, plan)
+    origin = weights.origin if weights else None
+    state, loading = fit_weights(weights, plan) if weights else (None, None)
 
     accelerator = make_accelerator(precision, settings.gradient_accumulation)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    set_numerics(settings.tf32)
     codec = load_codec(grid_codec, accelerator.device) if grid_codec and accelerator.is_main_process else None
     torch.manual_seed(settings.seed)
-    network, loading = build_with(plan, weights) if weights else (build(plan), None)
+    network = build(plan)
+    if state and loading:
+        load(network, state, loading)
+    del weights, state  # gigabytes, times the processes of a machine
     grid = grid_maker(settings, codec, accelerator.device, run) if codec else None
     header = {"network": description, "data": data_header(features), "versions": versions(), "objective": "ddpm"}
     data = TrainingData(features, settings.seed, settings.global_batch_size)
@@ -101,6 +105,9 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         checkpoint_blocks(network)
     if resume:
         trainer.restore(resume)
+    steps = accelerator.gather(torch.tensor([trainer.step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise InputError(f"the processes would start at steps {steps}; --results-dir must be one folder that all of them see.")
     if accelerator.is_main_process:
         write_json(run / "config.json", {"settings": dataclasses.asdict(settings), **header})
         say(summary(network, settings.model))
@@ -109,7 +116,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
             f"{settings.gradient_accumulation} accumulation x {settings.global_batch_size // processes}, "
             f"{accelerator.device.type}, precision {'fp32' if precision == 'no' else precision}, "
             f"{trainer.last_step} steps, run folder {run}")  # fmt: skip
-        for line in origin_lines(resume, trainer.step, weights.origin if weights else None, loading, precision_note):
+        for line in origin_lines(resume, trainer.step, origin, loading, precision_note):
             say(line)
     trainer.run()
     # The data-parallel wrapper must not be the process group's last owner: its destructor would join gloo's threads while it
@@ -134,9 +141,14 @@ def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
             raise InputError(f"{run} already holds a run at step {int(saved[-1].stem)}; give another --run-name, or leave out "
                              "--resume none to continue it.")  # fmt: skip
         return None
-    if not Path(settings.resume).is_file():
+    chosen = Path(settings.resume)
+    if not chosen.is_file():
         raise InputError(f"--resume {settings.resume}: no such checkpoint; give a file, auto or none.")
-    return Path(settings.resume)
+    later = [path for path in saved if chosen.stem.isdigit() and int(path.stem) > int(chosen.stem)]
+    if later:
+        raise InputError(f"{run} already goes on to step {int(later[-1].stem)}; give another --run-name to branch off from "
+                         f"{chosen}.")  # fmt: skip
+    return chosen
 
 
 def check_resumable(path: Path, settings: TrainingSettings, description: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -157,12 +169,14 @@ def check_resumable(path: Path, settings: TrainingSettings, description: Mapping
                          "or those settings to continue.")  # fmt: skip
 
 
-def origin_lines(resume: Path | None, step: int, origin: str | None, plan: Any, precision_note: str | None) -> list[str]:
+def origin_lines(
+    resume: Path | None, step: int, origin: str | None, loading: LoadingPlan | None, precision_note: str | None
+) -> list[str]:
     """What was loaded, what is new, and what is not as asked for."""
     if resume:
         lines = [f"resumed from {resume} at step {step}"]
-    elif plan:
-        lines = [f"{origin}: {plan.summary()}", *plan.notes, *(f"WARNING: {warning}" for warning in plan.warnings)]
+    elif loading:
+        lines = [f"{origin}: {loading.summary()}", *loading.notes, *(f"WARNING: {warning}" for warning in loading.warnings)]
     else:
         lines = ["weights newly initialised (--pretrained none)"]
     return lines + ([f"WARNING: {precision_note}"] if precision_note else [])
@@ -231,8 +245,13 @@ def export(arguments: list[str]) -> None:
         save_checkpoint(chosen.output, network.state_dict(), kept)
     else:
         state = export_state(network, network.released_layout)
+        write = save_file if chosen.output.endswith(".safetensors") else torch.save
         with atomic_write(chosen.output) as temporary:
-            save_file(state, temporary) if chosen.output.endswith(".safetensors") else torch.save(state, temporary)
+            temporary.touch()  # with the user's own permissions, which safetensors would narrow
+            write(state, temporary)
+        if network.options != type(network).resolve(network.options_type(), network.backbone):
+            print("This layout holds no options; whoever loads it must know " + ", ".join(
+                f"{name} {value}" for name, value in header["network"]["options"].items()))  # fmt: skip
     print(f"{chosen.output}: {'raw' if chosen.raw else 'averaged'} weights of step {header['step']}, {chosen.layout} layout")
 
 

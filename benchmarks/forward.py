@@ -18,7 +18,8 @@ def measure(model: str, method: str, options: Mapping[str, Any], latent_side: in
     backbone = Backbone.named(model, (latent_side, latent_side))
     dense = next(iter(METHODS))
     with device:
-        networks = {name: create_model(name, backbone, options if name == method else {}).eval() for name in {dense, method}}
+        chosen = {dense: {}, method: options}
+        networks = {name: create_model(name, backbone, given).eval() for name, given in chosen.items()}
         x = torch.randn(batch, backbone.in_channels, latent_side, latent_side)
         t, y = torch.randint(0, 1000, (batch,)), torch.randint(0, backbone.num_classes, (batch,))
     runs = {name: (lambda network=network: network(x, t, y)) for name, network in networks.items()}

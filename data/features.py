@@ -26,6 +26,7 @@ from runtime import seeding
 from runtime.config import InputError
 from runtime.seeding import Keys
 
+CPU = torch.device("cpu")
 _IMAGENET_CLASSES = 1000
 # Few enough to be widened from the processor's cache: twice as fast as a whole batch through memory.
 _ROWS_AT_ONCE = 32
@@ -48,9 +49,9 @@ class FeatureDataset(ABC):
         """The number of pictures; mirror images are not counted."""
 
     @abstractmethod
-    def batch(self, indices: np.ndarray, keys: Keys) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, keys: Keys, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
         """Reads the pictures `indices` (N,), each at random as it is or mirrored, drawn from its posterior where that is
-        stored. -> latents (N, C, h, w) float32, labels (N,) int64, on the device of `keys.index`
+        stored. `keys` are on the CPU, where the mirror must be known. -> latents (N, C, h, w) float32, labels (N,), on `device`
         """
 
     @abstractmethod
@@ -76,11 +77,10 @@ class CachedFeatures(FeatureDataset):
     def __len__(self) -> int:
         return self.manifest.count
 
-    def batch(self, indices: np.ndarray, keys: Keys) -> tuple[Tensor, Tensor]:
-        device = keys.index.device
+    def batch(self, indices: np.ndarray, keys: Keys, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
         mirror = np.zeros(len(indices), dtype=np.int64)
         if self.mirrors == "both":
-            mirror = seeding.integers(keys, "mirror", 2).cpu().numpy()
+            mirror = seeding.integers(keys, "mirror", 2).numpy()
         latents = torch.empty(len(indices), *self._array.shape[2:])  # (N, C, h, w) or (N, 2, C, h, w)
         for start in range(0, len(indices), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
@@ -88,7 +88,7 @@ class CachedFeatures(FeatureDataset):
         latents = latents.to(device)
         if self.kind == "moments":
             mean, deviation = latents.unbind(1)  # (N, C, h, w) each
-            latents = mean + deviation * seeding.normal(keys, "posterior", self.latent_shape)  # (N, C, h, w)
+            latents = mean + deviation * seeding.normal(keys.on(device), "posterior", self.latent_shape)  # (N, C, h, w)
         return latents, torch.from_numpy(self._labels[indices]).to(device)
 
     def describe(self) -> str:
@@ -118,8 +118,7 @@ class LegacyFeatures(FeatureDataset):
     def __len__(self) -> int:
         return len(self._files)
 
-    def batch(self, indices: np.ndarray, keys: Keys) -> tuple[Tensor, Tensor]:
-        device = keys.index.device
+    def batch(self, indices: np.ndarray, keys: Keys, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
         latents = np.concatenate([self._read_feature(self._files[index]) for index in indices])  # (N, C, h, w)
         return torch.from_numpy(latents).float().to(device), torch.from_numpy(self._labels[indices]).to(device)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,9 @@ class TimestepEmbedder(nn.Module):
         return torch.cat((angles.cos(), angles.sin()), dim=1)  # (N, 256)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.sinusoids(t))  # (N,) -> (N, D)
+        # In float32 under autocast too: neighbouring timesteps differ in digits that half precision has not.
+        with without_autocast(t):
+            return self.mlp(self.sinusoids(t))  # (N,) -> (N, D)
 
     def macs(self) -> int:
         return linear_macs(self.mlp[0]) + linear_macs(self.mlp[2])
@@ -189,6 +192,12 @@ class FinalLayer(nn.Module):
 
     def macs(self, tokens: int) -> int:
         return linear_macs(self.linear, tokens) + linear_macs(self.adaLN_modulation[1])
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """A context in which mixed precision is off on the device of `like` (the meta device knows none)."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def linear_macs(layer: nn.Module, positions: int = 1) -> int:

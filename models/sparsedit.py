@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dit import Backbone, DiT, Draws
-from models.layers import Block, CrossAttention, ModulatedBlock, Plan, linear_macs, modulate
+from models.layers import Block, CrossAttention, ModulatedBlock, Plan, linear_macs, modulate, without_autocast
 from models.weights import DenseRules, Rows
 from runtime.config import InputError, option
 
@@ -50,11 +50,18 @@ class SparseDiTOptions:
     readd_position: bool = option(False, "add the position embedding again at the switches (as the paper, not the release)")
 
 
+class Grids(NamedTuple):
+    """Rows and columns of the sparse tokens and of the full map."""
+
+    sparse: tuple[int, ...]
+    full: tuple[int, int]
+
+
 class Context(NamedTuple):
     """What a block needs beside its token stream."""
 
     full_map: Tensor | None = None  # (N, T, D), the map at the start of the current module
-    upsample: Tensor | None = None  # (T,) int64, the sparse token nearest to each full one; None once the map is full
+    upsample: Grids | None = None  # the sparse grid and the full one; None once the map is full
     position: Tensor | None = None  # (1, T, D), where positions are added again
 
 
@@ -177,10 +184,12 @@ class RecoverBlock(ModulatedBlock):
 
     def forward(self, tokens: Tensor, context: Context, modulation: Tensor) -> Tensor:
         shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
-        spread = self.merged_layer1(tokens)  # (N, S, D), or (N, T, D) when the map is full already
-        if context.upsample is not None:
-            spread = spread.index_select(1, context.upsample)  # (N, T, D)
-        full = spread + self.merged_layer2(context.full_map)  # (N, T, D)
+        # The residual stream passes through W1 and W2. Half precision would round it here for all further blocks.
+        with without_autocast(tokens):
+            spread = self.merged_layer1(tokens)  # (N, S, D), or (N, T, D) when the map is full already
+            if context.upsample is not None:
+                spread = upsample_tokens(spread, *context.upsample)  # (N, T, D)
+            full = spread + self.merged_layer2(context.full_map)  # (N, T, D)
         if context.position is not None:
             full = full + context.position  # (N, T, D)
         queries = modulate(self.norm1(full), shift1, scale1)  # (N, T, D)
@@ -198,7 +207,7 @@ class SparseDiT(DiT):
 
     options_type: ClassVar[type] = SparseDiTOptions
     released_layout: ClassVar[str] = "released SparseDiT"
-    recipe: ClassVar[Mapping[str, Any]] = {"min_snr_gamma": 5.0}
+    recipe: ClassVar[Mapping[str, Any]] = {"min_snr_gamma": 5.0, "max_steps": 400_000}
 
     def __init__(self, backbone: Backbone, options: SparseDiTOptions | None = None) -> None:
         self.split = Split.of(options or SparseDiTOptions(), backbone)
@@ -226,12 +235,11 @@ class SparseDiT(DiT):
 
     def run_blocks(self, tokens: Tensor, condition: Tensor, plan: Plan, draws: Draws | None) -> Tensor:
         grid, sparse_grid = self.backbone.grid, plan.signature[1:]
-        upsample = nearest_index(sparse_grid, grid, tokens.device)  # (T,)
         position = self.pos_embed if self.options.readd_position else None  # (1, T, D)
         context, previous = Context(), None
         for kind, block in zip(self.layout, self.blocks, strict=True):
             if kind == MERGE and previous != MERGE:
-                context = Context(tokens, upsample, position)
+                context = Context(tokens, Grids(sparse_grid, grid), position)
                 tokens = pool_tokens(tokens, grid, sparse_grid)  # (N, T, D) -> (N, S, D)
                 if position is not None:
                     tokens = tokens + pool_tokens(position, grid, sparse_grid)  # (N, S, D)
@@ -322,6 +330,17 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int], sparse_grid: tuple[int, .
         return windows.mean(dim=(2, 4)).flatten(1, 2)  # (N, S, D)
     plane = tokens.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
     return F.adaptive_avg_pool2d(plane, (sparse_rows, sparse_columns)).flatten(2).transpose(1, 2)  # (N, S, D)
+
+
+def upsample_tokens(tokens: Tensor, sparse_grid: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour upsampling of a token map: (N, S, D) -> (N, rows * columns, D)"""
+    (rows, columns), (sparse_rows, sparse_columns) = grid, sparse_grid
+    if rows % sparse_rows == 0 and columns % sparse_columns == 0:
+        # A view: its backward is a sum over windows, where an indexed copy would add into the same token from many threads.
+        cells = tokens.unflatten(1, (sparse_rows, 1, sparse_columns, 1))  # (N, s, 1, s, 1, D)
+        cells = cells.expand(-1, -1, rows // sparse_rows, -1, columns // sparse_columns, -1)
+        return cells.flatten(1, 4)  # (N, T, D)
+    return tokens[:, nearest_index(sparse_grid, grid, tokens.device)]  # (N, T, D)
 
 
 def nearest_index(sparse_grid: tuple[int, ...], grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from runtime.config import InputError
 
@@ -23,9 +23,10 @@ def promised_processes() -> int:
 def choose_precision(requested: str) -> tuple[str, str | None]:
     """(accelerate's name of the precision, a sentence to print when it is not what was asked for).
 
-    "auto" takes the launcher's `--mixed_precision`; without a launcher bf16 on a GPU that has it and float32 elsewhere.
+    "auto" takes the launcher's `--mixed_precision` fp16 or bf16; otherwise bf16 on a GPU that has it, float32 elsewhere.
     """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    # accelerate says "no" also when nobody asked: that must not make float32 the default on a GPU.
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "")
     gpu = torch.cuda.is_available()
     if requested == "auto":
         requested = launched or ("bf16" if gpu and torch.cuda.is_bf16_supported() else "no")
@@ -44,7 +45,10 @@ def make_accelerator(mixed_precision: str, gradient_accumulation: int) -> Accele
         cpu=not torch.cuda.is_available(),
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # spares a copy of all gradients
+        ],
     )
     refuse_unrelated_processes(accelerator.num_processes)
     return accelerator
@@ -55,6 +59,12 @@ def make_state() -> PartialState:
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     refuse_unrelated_processes(state.num_processes)
     return state
+
+
+def set_numerics(tf32: bool) -> None:
+    """How a GPU computes: TF32 products or full float32, and convolutions that give the same bytes each time."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.deterministic = True
 
 
 def refuse_unrelated_processes(joined: int) -> None:

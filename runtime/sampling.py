@@ -22,9 +22,10 @@ from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
-from runtime.networks import build_with, described, fit_weights, recognized
+from runtime.networks import build_with, canonical, described, fit_weights, recognized
 from runtime.seeding import Keys, integers, normal
 
+DECODED_AT_ONCE = 8
 LATENT_FACTOR = 8
 """Pixels per latent of the autoencoders that released checkpoints, which do not say, were trained with."""
 
@@ -68,8 +69,11 @@ class Checkpoint:
 
     def build(self) -> Checkpoint:
         """The same with its weights in a network on the CPU."""
-        network, _ = build_with(self.network, self.weights)
-        return replace(self, network=network.eval().requires_grad_(False))
+        network, loading = build_with(self.network, self.weights)
+        for line in (*loading.notes, *loading.warnings):
+            print(f"{self.path}: {line}", flush=True)
+        origin_alone = replace(self.weights, state={})  # the tensors are in the network now
+        return replace(self, network=network.eval().requires_grad_(False), weights=origin_alone)
 
     def check_codec(self, spec: CodecSpec) -> None:
         """InputError unless the codec decodes this network's latents to pictures of its size."""
@@ -109,9 +113,13 @@ def choose_checkpoint(settings: CheckpointSettings) -> str:
         return settings.ckpt
     found = []
     for config in Path(settings.results_dir).glob("*/config.json"):
-        saved, content = checkpoints(config.parent), json.loads(config.read_text(encoding="utf-8"))
-        fits = settings.model in (None, content["network"]["model"])
-        if saved and fits and settings.image_size in (None, content["data"]["image_size"]):
+        saved = checkpoints(config.parent)
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+            model, image_size = content["network"]["model"], content["data"]["image_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not a run of ours
+        if saved and settings.model in (None, model) and settings.image_size in (None, image_size):
             found.append(saved[-1])
     if not found:
         wanted = f"{settings.model or 'any model'} at size {settings.image_size or 'any'}"
@@ -128,7 +136,13 @@ def read_checkpoint(path: str, model: str | None, image_size: int | None, averag
     weights = read_weights(path, averaged)
     header = weights.header
     if header is None:
-        model, image_size = model or "DiT-XL/2", image_size or 256
+        model, side = model or "DiT-XL/2", latent_side(weights)
+        if side is None and image_size is None:
+            raise InputError(f"{path} does not say its picture size; give --image-size.")
+        there = image_size if side is None else side * LATENT_FACTOR
+        if image_size not in (None, there):
+            raise InputError(f"{path} holds a network for --image-size {there}, not {image_size}; correct the flag.")
+        image_size = int(there or 0)
         if image_size % LATENT_FACTOR:
             raise InputError(f"--image-size {image_size} is not divisible by {LATENT_FACTOR}.")
         plan = recognized(weights, model, (image_size // LATENT_FACTOR,) * 2)
@@ -141,6 +155,14 @@ def read_checkpoint(path: str, model: str | None, image_size: int | None, averag
     kind = header.get("weights") or ("ema" if averaged else "raw")
     return Checkpoint(described(description), weights, path, description["model"], data["image_size"], data["codec"],
                       data["classes"], header["step"], kind)  # fmt: skip
+
+
+def latent_side(weights: Weights) -> int | None:
+    """Side of the square latents that a checkpoint's position table and patch size tell; None where it has no table."""
+    state = canonical(weights)
+    if "pos_embed" not in state or "x_embedder.proj.weight" not in state:
+        return None
+    return math.isqrt(state["pos_embed"].shape[1]) * state["x_embedder.proj.weight"].shape[2]
 
 
 def load_checkpoint(path: str, model: str | None, image_size: int | None, averaged: bool = True) -> Checkpoint:
@@ -189,7 +211,9 @@ def sample_pictures(
     device: torch.device,
 ) -> Tensor:
     """Pictures `index` (N,) with `labels` (N,). -> (N, H, W, 3) uint8 on the CPU"""
-    return codec.decode(sample_latents(network, settings, labels, index, seed, device)).cpu()
+    latents = sample_latents(network, settings, labels, index, seed, device)  # (N, C, h, w)
+    # A decoder needs far more memory a picture than the network does.
+    return torch.cat([codec.decode(part).cpu() for part in latents.split(DECODED_AT_ONCE)])
 
 
 def picture_grid(pictures: Tensor, columns: int | None = None) -> Tensor:

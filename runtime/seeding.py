@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ class Keys:
     seed: int
     step: int
     index: Tensor  # (N,) int64, each in [0, 2**32)
+
+    def on(self, device: torch.device) -> Keys:
+        """The same keys with their indices on `device`."""
+        return replace(self, index=self.index.to(device))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from models import METHODS, DiT, method_class
@@ -122,8 +123,11 @@ def parse_training(arguments: Sequence[str], prog: str = "train.py") -> tuple[Tr
     option_names = {field.name for field in fields(method.options_type)}
     given_options = {name: flags.pop(name) for name in option_names & flags.keys()}
     file_settings, file_options = split_yaml(content, known.config or "", method.options_type)
+    recipe = dict(method.recipe)
+    if "epochs" in flags or "epochs" in file_settings:
+        recipe.pop("max_steps", None)
     values = {
-        **method.recipe,
+        **recipe,
         **file_settings,
         **checked_values(TrainingSettings, flags, "command line"),
     }
@@ -183,6 +187,8 @@ def changed(saved: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
     """Settings that differ from a checkpoint's and may not: "name (saved value, not new value)"."""
     now = to_mapping(settings)
     saved = {**to_mapping(TrainingSettings()), **saved}  # a checkpoint may be older than a setting
+    for values in (now, saved):
+        values["pretrained"] = Path(values["pretrained"]).name  # the file may have moved
     # With a cosine the length of the run decides every step's rate.
     fixed = set(now) - MAY_CHANGE | ({"max_steps", "epochs"} if settings.learning_rate_schedule == "cosine" else set())
     return [f"{name} ({saved[name]}, not {now[name]})" for name in now if name in fixed and saved.get(name) != now[name]]

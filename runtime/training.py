@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from runtime.checkpoint import checkpoint_path, keep_last, read_header, read_tensors, save_checkpoint
+from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_header, read_tensors, save_checkpoint
 from runtime.config import InputError, to_mapping
 from runtime.ema import ExponentialMovingAverage
 from runtime.logs import RunLog, memory_gib, say
@@ -98,6 +98,7 @@ class Trainer:
         self.last_step = settings.max_steps or math.ceil(settings.epochs * len(data) / settings.global_batch_size)
         self.step = 0
         self.skipped_steps = 0
+        self._saved_step = -1
         self._skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
@@ -127,7 +128,7 @@ class Trainer:
                     self.save()
                 if log and self.grid and self.step % self.settings.sample_every == 0:
                     log.picture(self.step, "samples", self.grid(self.ema.network, self.step))
-            if main and not checkpoint_path(self.run_folder, self.step).exists():
+            if main and self.step != self._saved_step:
                 self.save()
             if main and self.step < self.last_step:
                 say(f"stopped by SIGTERM; saved at step {self.step}, the same command continues.")
@@ -173,8 +174,10 @@ class Trainer:
         finite = bool(torch.isfinite(norm))
         if finite and self.settings.gradient_clip is not None:
             clip_grads_with_norm_(self.parameters, self.settings.gradient_clip, norm)
-        if finite or self.accelerator.scaler is not None:
-            self.optimizer.step()  # a gradient scaler skips the update itself, and lowers its scale
+        if finite:
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # lowers its scale
         self.optimizer.zero_grad()
         if finite:
             self.ema.update(self.network, self.step)
@@ -188,11 +191,12 @@ class Trainer:
     def _count_skipped(self, finite: bool) -> None:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         self.skipped_steps += not finite
+        if self._skipped_in_a_row < self.settings.non_finite_limit:
+            return
         scaler = self.accelerator.scaler
         # While a scaler finds its scale, overflowing steps are its business.
-        searching = scaler is not None and scaler.get_scale() > 1.0
-        if self._skipped_in_a_row >= self.settings.non_finite_limit and not searching:
-            saved = sorted(self.run_folder.glob("checkpoints/*.safetensors"))
+        if scaler is None or scaler.get_scale() <= 1.0:
+            saved = checkpoints(self.run_folder)
             good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
             raise InputError(
                 f"training stopped at step {self.step}: the gradients were not finite {self._skipped_in_a_row} steps in a row; "
@@ -244,6 +248,7 @@ class Trainer:
         }
         save_checkpoint(checkpoint_path(self.run_folder, self.step), tensors, header)
         keep_last(self.run_folder, self.settings.keep_checkpoints)
+        self._saved_step = self.step
 
     def restore(self, path: Path) -> None:
         """Takes up weights, average, optimizer, scaler, counters and position from a checkpoint.
@@ -265,6 +270,8 @@ class Trainer:
         if self.accelerator.scaler is not None and header["scaler"]:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         self.step, self.skipped_steps = header["step"], header["skipped_steps"]
+        if path.parent == checkpoint_path(self.run_folder, self.step).parent:
+            self._saved_step = self.step
 
     def _parameter_names(self) -> list[str]:
         return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]

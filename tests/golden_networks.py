@@ -74,7 +74,7 @@ def own_keys(path: Path) -> set[str]:
 
 def is_network(path: Path) -> bool:
     """A DiT or SparseDiT with guidance, or a conversion (`missing`); DyDiT and SPRINT files hold other keys."""
-    return own_keys(path) in (NETWORK | GUIDANCE, NETWORK | {"missing"}, NETWORK)
+    return NETWORK <= own_keys(path) <= NETWORK | GUIDANCE | {"missing"}
 
 
 def read(path: Path) -> Golden:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
@@ -79,7 +80,8 @@ def test_a_misspelt_key_is_caught(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown key 'global_batchsize'; did you mean 'global_batch_size'"):
         network(tmp_path / "bad.yaml")
     if "method: sparsedit" in content:
-        deeper = content.replace("DiT-XL/2", "DiT-1152x29x16/2").replace("DiT-96x8x4/1", "DiT-96x8x4/1\noptions: {modules: 2}")
-        (tmp_path / "bad.yaml").write_text(deeper)
+        settings = yaml.safe_load(content)
+        settings["options"] = {**settings.get("options", {}), "modules": 5}
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump(settings))
         with pytest.raises(InputError, match="blocks and the backbone has"):
             network(tmp_path / "bad.yaml")

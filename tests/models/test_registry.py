@@ -331,8 +331,12 @@ def test_a_description_through_json_gives_the_same_network(method: str, backbone
 @every_method
 def test_bfloat16_autocast_runs_and_stays_close(method: str) -> None:
     model, batch = network(method, tiny()), inputs(tiny())
+    streams = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, given, stream: streams.append(stream.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         half = model(*batch)
+    assert set(streams) == {torch.float32}  # the residual stream is never rounded, whatever the products are
     assert half.dtype == torch.bfloat16
     assert 0 < distance(half.float(), model(*batch)) < 0.1
 

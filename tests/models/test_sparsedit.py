@@ -17,6 +17,7 @@ from models.layers import Attention, Block, CrossAttention, modulate
 from models.sparsedit import (
     DEFAULT_SPLITS,
     Context,
+    Grids,
     MergeBlock,
     PoolingBlock,
     RecoverBlock,
@@ -224,10 +225,9 @@ def test_pooling_costs_one_vector_per_image() -> None:
 def test_w1_before_the_upsampling_is_w1_after_it() -> None:
     block, grid, sparse_grid = randomized(RecoverBlock(48, 4, 4.0)).double(), (6, 10), (4, 3)
     full, tokens = (torch.randn(2, count, 48, generator=torch.manual_seed(0)).double() for count in (60, 12))
-    index = nearest_index(sparse_grid, grid, torch.device("cpu"))
     merged = block.merged_layer1(upsampled(tokens, sparse_grid, grid)) + block.merged_layer2(full)
     expected = slow_block(block, merged, tokens, modulation_of(48))
-    assert distance(block(tokens, Context(full, index), modulation_of(48)), expected) < EXACT
+    assert distance(block(tokens, Context(full, Grids(sparse_grid, grid)), modulation_of(48)), expected) < EXACT
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (6, 9), (7, 5), (1, 4), (16, 16)])
