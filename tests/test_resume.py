@@ -365,6 +365,22 @@ def test_resume_takes_a_file_or_none(moments: list[str], whole: Callable[[list[s
     assert differing(state_at(tmp_path / "branch"), state_at(whole(moments))) == []
 
 
+def test_a_file_before_later_checkpoints_is_refused_and_branches_off_elsewhere(
+    moments: list[str], whole: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    """Two branches in one folder would overwrite and outlive each other."""
+    run = tmp_path / NAME
+    shutil.copytree(whole(moments), run)
+    early = checkpoints(run)[0]
+    before = {path: path.read_bytes() for path in checkpoints(run)}
+    assert_refused(
+        call("train", *moments, "--results-dir", tmp_path, "--resume", early), "already goes on to step", "--run-name"
+    )
+    assert {path: path.read_bytes() for path in checkpoints(run)} == before
+    succeed("train", *moments, "--results-dir", tmp_path, "--resume", early, "--run-name", "branch")
+    assert differing(state_at(tmp_path / "branch"), state_at(run)) == []
+
+
 def assert_refused(result: Result, *named: str) -> None:
     """One sentence, exit code 2."""
     assert result.code == 2, result.err

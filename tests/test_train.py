@@ -440,6 +440,6 @@ def test_the_network_is_built_once(words: list[str], pretrained: Path, monkeypat
         built.append(plan)
         return build(plan)
 
-    monkeypatch.setattr("runtime.networks.build", counted)
+    monkeypatch.setattr("train.build", counted)
     succeed("train", *words, "--pretrained", pretrained, "--max-steps", "1")
     assert len(built) == 1

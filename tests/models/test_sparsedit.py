@@ -24,6 +24,7 @@ from models.sparsedit import (
     SparseDiTOptions,
     nearest_index,
     pool_tokens,
+    upsample_tokens,
 )
 from models.weights import load, plan_loading
 from runtime.config import InputError
@@ -254,6 +255,21 @@ def test_upsampling_of_a_rectangle_is_nearest_interpolation() -> None:
     plane = torch.arange(12.0).reshape(1, 1, *sparse_grid)
     expected = F.interpolate(plane, size=grid, mode="nearest").flatten().long()
     assert torch.equal(nearest_index(sparse_grid, grid, torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize(("sparse_grid", "grid"), [((4, 4), (8, 8)), ((2, 3), (6, 12)), ((5, 5), (8, 8)), ((1, 1), (4, 6))])
+def test_upsampling_copies_the_nearest_token_and_sums_its_gradients(
+    sparse_grid: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """Both ways, the view for grids that divide and the index for those that do not, are the index's."""
+    index = nearest_index(sparse_grid, grid, torch.device("cpu"))
+    tokens = torch.randn(2, sparse_grid[0] * sparse_grid[1], 3, generator=torch.manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(2, grid[0] * grid[1], 3, generator=torch.manual_seed(1), dtype=torch.float64)
+    tokens.requires_grad_()
+    ours, reference = upsample_tokens(tokens, sparse_grid, grid), tokens.index_select(1, index)
+    assert torch.equal(ours, reference)
+    gradients = [torch.autograd.grad((result * weights).sum(), tokens)[0] for result in (ours, reference)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 def test_readding_the_position_is_off_and_changes_the_output() -> None:
