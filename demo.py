@@ -59,7 +59,8 @@ def run_stage(title: str, script: str, arguments: Sequence[object]) -> None:
     started = time.perf_counter()
     code = subprocess.run(command, cwd=ROOT).returncode
     if code != 0:
-        print(f"demo.py: the stage {title!r} failed with exit code {code}.", file=sys.stderr)
+        print(f"demo.py: the stage {title!r} failed with exit code {code}; `python demo.py` goes on from what is done.",
+              file=sys.stderr)  # fmt: skip
         sys.exit(1)
     print(f"   ({time.perf_counter() - started:.0f} s)", flush=True)
 

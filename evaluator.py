@@ -85,7 +85,8 @@ def main() -> None:
     if reference.pictures or samples.pictures:
         require_tensorflow()
         network = TensorFlowInception(inception_graph(options.inception, options.inception_sha256))
-    for sentence in rank_warnings(reference, samples):
+    warnings = rank_warnings(reference, samples)
+    for sentence in warnings:
         print(f"warning: {sentence}", file=sys.stderr)
     started = time.perf_counter()
     scores = score(
@@ -94,6 +95,7 @@ def main() -> None:
         network.head if network else None,
     )
     record = report(reference, samples, scores, network, options.batch_size, protocol, time.perf_counter() - started)
+    record["warnings"] = warnings
     print(table(record))
     if options.json:
         write_json(options.json, record)
@@ -292,6 +294,7 @@ def table(record: dict[str, Any]) -> str:
     for key, name in names.items():
         value = record[key]
         lines.append(f"{name:<16} " + (f"{value:.4f}" if value is not None else f"not computed: {record['not_computed'][key]}"))
+    lines += [f"warning: {sentence}" for sentence in record["warnings"]]
     return "\n".join(lines)
 
 

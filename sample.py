@@ -16,7 +16,7 @@ from PIL import Image
 from data.latents import load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, nearest, option, run_script
 from runtime.distributed import make_state, set_numerics
-from runtime.files import atomic_write
+from runtime.files import atomic_write, check_new_file
 from runtime.networks import summary
 from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_pictures
 
@@ -39,6 +39,7 @@ def sample(settings: GridSettings) -> None:
     """Checks, samples, writes one PNG."""
     if min(settings.per_class, settings.batch_size, 1 if settings.columns is None else settings.columns) < 1:
         raise InputError("--per-class, --batch-size and --columns must be at least 1.")
+    check_new_file(settings.output, "--output")
     checkpoint, spec = open_checkpoint(settings, choose_checkpoint(settings))
     names = read_names(settings.class_names) if settings.class_names else checkpoint.classes
     num_classes = checkpoint.network.backbone.num_classes

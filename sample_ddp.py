@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.latents import CodecSpec, load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
 from runtime.distributed import make_state, set_numerics
-from runtime.files import sha256, write_json
+from runtime.files import check_new_file, check_writable, lock, sha256, write_json
 from runtime.networks import method_name, summary
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
 from runtime.sampling import (
@@ -37,6 +37,7 @@ from runtime.sampling import (
 )
 
 PROTOCOL = "protocol.json"
+MOST_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class SampleSettings(CheckpointSettings):
 
 def sample(settings: SampleSettings) -> None:
     """Checks, then samples this process's blocks; the first process packs."""
-    if settings.num_fid_samples < 1 or settings.per_proc_batch_size < 1:
-        raise InputError("--num-fid-samples and --per-proc-batch-size must be at least 1.")
-    if Path(settings.sample_dir).exists() and not Path(settings.sample_dir).is_dir():
-        raise InputError(f"--sample-dir {settings.sample_dir} is a file; name a folder.")
+    if not 1 <= settings.num_fid_samples < 2**32:
+        raise InputError(f"--num-fid-samples is {settings.num_fid_samples}; it must be at least 1, and below 2^32.")
+    if not 1 <= settings.per_proc_batch_size <= MOST_AT_ONCE:
+        raise InputError(f"--per-proc-batch-size is {settings.per_proc_batch_size}; it must be 1 to {MOST_AT_ONCE}.")
+    check_writable(settings.sample_dir, "--sample-dir")
     state = make_state()
     # One process chooses: a training that saves meanwhile could give each of them another newest checkpoint.
     path = broadcast_object_list([choose_checkpoint(settings) if state.is_main_process else None])[0]
@@ -65,7 +67,11 @@ def sample(settings: SampleSettings) -> None:
     checkpoint = checkpoint.build()
     network = checkpoint.network.to(state.device)
     target = Path(settings.sample_dir, settings.sample_name or sample_name(settings, checkpoint))
+    held = None
     if state.is_main_process:
+        check_writable(target, "--sample-dir")
+        check_new_file(f"{target}.npz", "--sample-dir")
+        held = lock(target, f"{target} is being filled by another process; wait for it, or give another --sample-name.")
         begin(target, protocol(settings, checkpoint, spec, state.device))
         print(f"{checkpoint.weights.origin}\n{summary(checkpoint.network, checkpoint.model)}")
         print(
@@ -80,6 +86,8 @@ def sample(settings: SampleSettings) -> None:
         pack_pictures(target, settings.num_fid_samples, (checkpoint.image_size,) * 2, packed)
         print(f"{packed}: arr_0 ({settings.num_fid_samples}, {checkpoint.image_size}, {checkpoint.image_size}, 3) uint8; "
               f"protocol in {target}.json")  # fmt: skip
+    if held:
+        held.close()
 
 
 def sample_blocks(settings: SampleSettings, network: Any, codec: Any, target: Path, state: PartialState) -> None:
@@ -91,7 +99,13 @@ def sample_blocks(settings: SampleSettings, network: Any, codec: Any, target: Pa
     batch, count = settings.per_proc_batch_size, settings.num_fid_samples
     blocks = range(state.process_index, -(-count // batch), state.num_processes)
     mine = sum(min(batch, count - block * batch) for block in blocks)
-    bar = tqdm(total=mine, desc="sample", unit=" pictures", disable=not state.is_main_process, dynamic_ncols=True)
+    bar = tqdm(
+        total=mine,
+        desc="sample" if state.num_processes == 1 else "sample (this process's share)",
+        unit=" pictures",
+        disable=not state.is_main_process,
+        dynamic_ncols=True,
+    )
     with PictureWriter(target) as writer, bar:
         for block in blocks:
             wanted = range(block * batch, min(count, (block + 1) * batch))
@@ -155,11 +169,16 @@ def begin(target: Path, record: Mapping[str, Any]) -> None:
             leftover.unlink()  # what a killed process left half written
     existing = target / PROTOCOL
     if existing.exists():
-        before = json.loads(existing.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(existing.read_text(encoding="utf-8"))
+            origin = identity(before["checkpoint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{existing} is damaged, so nobody knows how the pictures beside it were made; delete {target}, "
+                             "or give another --sample-name.") from None  # fmt: skip
         # A larger count extends a set, and machine and versions are for the reader to judge.
         same = [key for key in record if key not in ("device", "versions", "count", "checkpoint")]
         differ = [key for key in same if before.get(key) != record[key]]
-        if identity(before["checkpoint"]) != identity(record["checkpoint"]):
+        if origin != identity(record["checkpoint"]):
             differ.append("checkpoint")
         if differ:
             raise InputError(f"{target} holds pictures made with another {', '.join(differ)}; give another --sample-name or "

@@ -9,28 +9,38 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.features import BatchOrder, FeatureDataset, open_features
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
-from models import Backbone, checkpoint_blocks
+from models import Backbone, DiT, checkpoint_blocks
 from models.weights import LoadingPlan, load
 from models.weights import export as export_state
-from runtime.checkpoint import checkpoints, read_header, read_tensors, read_weights, save_checkpoint
-from runtime.config import ArgumentParser, InputError, run_script
+from runtime.checkpoint import (
+    FOLDER,
+    checkpoints,
+    read_header,
+    read_tensors,
+    read_weights,
+    remove_leftovers,
+    save_checkpoint,
+    save_state,
+)
+from runtime.config import ArgumentParser, InputError, run_script, to_mapping
 from runtime.distributed import choose_precision, make_accelerator, promised_processes, set_numerics
-from runtime.files import atomic_write, write_json
+from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
 from runtime.networks import blueprint, build, describe, described, fit_weights, summary
 from runtime.sampling import SamplingSettings, picture_grid, sample_pictures
@@ -54,14 +64,30 @@ class TrainingData:
         return self.features.batch(self.order.indices(step, positions.numpy()), keys, device)
 
 
-def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
-    """Checks every input, then builds and runs. Nothing heavy happens before the last check."""
-    precision, precision_note = choose_precision(settings.precision)
-    processes = promised_processes() * settings.gradient_accumulation
-    if settings.global_batch_size % processes:
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that was checked before anything large was made."""
+
+    features: FeatureDataset
+    network: DiT  # a blueprint
+    objective: EpsilonObjective
+    run: Path
+    lock: IO[str] | None  # held by the first process
+    resume: Path | None
+    state: Mapping[str, Tensor] | None  # pretrained weights, and how they are loaded
+    loading: LoadingPlan | None
+    origin: str | None
+    grid_codec: CodecSpec | None
+    header: Mapping[str, Any]
+
+
+def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
+    """Checks every input. InputError for the first that cannot work."""
+    shares = promised_processes() * settings.gradient_accumulation
+    if settings.global_batch_size % shares:
         raise InputError(
             f"--global-batch-size {settings.global_batch_size} is not divisible by {promised_processes()} processes x "
-            f"{settings.gradient_accumulation} accumulation steps; choose a multiple of {processes}."
+            f"{settings.gradient_accumulation} accumulation steps; choose a multiple of {shares}."
         )
     features = open_features(settings.feature_path, settings.image_size, settings.num_classes)
     backbone = Backbone.named(
@@ -72,51 +98,68 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         learn_sigma=settings.learn_sigma,
         label_drop=settings.label_drop,
     )
-    plan = blueprint(settings.method, backbone, options)
+    network = blueprint(settings.method, backbone, options)
     schedule = NoiseSchedule.linear()
     schedule.respaced(settings.sample_steps)
-    grid_codec = grid_codec_of(settings, features) if settings.sample_every else None
     objective = EpsilonObjective(schedule, settings.min_snr_gamma, settings.learn_sigma)
+    grid_codec = grid_codec_of(settings, features) if settings.sample_every else None
+    header = {
+        "network": describe(network, settings.model),
+        "data": data_header(features),
+        "versions": versions(),
+        "objective": "ddpm",
+    }
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
-    for folder in (run.parent, run):
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; give another --results-dir or --run-name.")
+    for folder in (run, run / FOLDER, run / "samples")[: 3 if grid_codec else 2]:
+        check_writable(folder, "--results-dir")
+    held = None
+    if int(os.environ.get("RANK", "0")) == 0:
+        held = lock(run, f"{run} is being trained by another process; wait for it, or give another --run-name.")
+        remove_leftovers(run)
     resume = resume_from(settings, run)
-    description = describe(plan, settings.model)
     if resume:
-        check_resumable(resume, settings, description, data_header(features))
+        check_resumable(resume, settings, header)
     weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
+    state, loading = fit_weights(weights, network) if weights else (None, None)
     origin = weights.origin if weights else None
-    state, loading = fit_weights(weights, plan) if weights else (None, None)
+    return Prepared(features, network, objective, run, held, resume, state, loading, origin, grid_codec, header)
 
+
+def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
+    """Checks, builds, runs."""
+    precision, precision_note = choose_precision(settings.precision)
+    prepared = prepare(settings, options)
     accelerator = make_accelerator(precision, settings.gradient_accumulation)
     set_numerics(settings.tf32)
-    codec = load_codec(grid_codec, accelerator.device) if grid_codec and accelerator.is_main_process else None
+    codec = None
+    if prepared.grid_codec and accelerator.is_main_process:
+        codec = load_codec(prepared.grid_codec, accelerator.device)
     torch.manual_seed(settings.seed)
-    network = build(plan)
-    if state and loading:
-        load(network, state, loading)
-    del weights, state  # gigabytes, times the processes of a machine
+    network, features, run = build(prepared.network), prepared.features, prepared.run
+    if prepared.state and prepared.loading:
+        load(network, prepared.state, prepared.loading)
+        prepared = replace(prepared, state=None)  # gigabytes, times the processes of a machine
     grid = grid_maker(settings, codec, accelerator.device, run) if codec else None
-    header = {"network": description, "data": data_header(features), "versions": versions(), "objective": "ddpm"}
     data = TrainingData(features, settings.seed, settings.global_batch_size)
-    trainer = Trainer(settings, accelerator, network, objective, data, run, header, grid)
+    trainer = Trainer(settings, accelerator, network, prepared.objective, data, run, prepared.header, grid)
     if settings.gradient_checkpointing:
         checkpoint_blocks(network)
-    if resume:
-        trainer.restore(resume)
+    if prepared.resume:
+        trainer.restore(prepared.resume)
     steps = accelerator.gather(torch.tensor([trainer.step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise InputError(f"the processes would start at steps {steps}; --results-dir must be one folder that all of them see.")
     if accelerator.is_main_process:
-        write_json(run / "config.json", {"settings": dataclasses.asdict(settings), **header})
-        say(summary(network, settings.model))
-        say(features.describe())
-        say(f"batch {settings.global_batch_size} = {accelerator.num_processes} processes x "
-            f"{settings.gradient_accumulation} accumulation x {settings.global_batch_size // processes}, "
-            f"{accelerator.device.type}, precision {'fp32' if precision == 'no' else precision}, "
-            f"{trainer.last_step} steps, run folder {run}")  # fmt: skip
-        for line in origin_lines(resume, trainer.step, origin, loading, precision_note):
+        write_json(run / "config.json", {"settings": to_mapping(settings), **prepared.header})
+        shares = accelerator.num_processes * settings.gradient_accumulation
+        for line in (
+            summary(network, settings.model),
+            features.describe(),
+            f"batch {settings.global_batch_size} = {accelerator.num_processes} processes x {settings.gradient_accumulation} "
+            f"accumulation x {settings.global_batch_size // shares}, {accelerator.device.type}, precision "
+            f"{'fp32' if precision == 'no' else precision}, {trainer.last_step} steps, run folder {run}",
+            *origin_lines(prepared, trainer.step, precision_note),
+        ):
             say(line)
     trainer.run()
     # The data-parallel wrapper must not be the process group's last owner: its destructor would join gloo's threads while it
@@ -151,8 +194,8 @@ def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
     return chosen
 
 
-def check_resumable(path: Path, settings: TrainingSettings, description: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """InputError when the checkpoint was made with settings that give another run."""
+def check_resumable(path: Path, settings: TrainingSettings, now: Mapping[str, Any]) -> None:
+    """InputError when the checkpoint was made with settings, a network or data (`now`) that give another run."""
     try:
         header = read_header(path)
     except InputError as error:
@@ -160,23 +203,34 @@ def check_resumable(path: Path, settings: TrainingSettings, description: Mapping
     if header is None or "settings" not in header:
         raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
     differences = changed(header["settings"], settings)
-    for now, before in ((description, header["network"]), (data, header["data"])):
+    for part in ("network", "data"):
+        before = header.get(part) or {}
         known = {difference.partition(" ")[0] for difference in differences}
-        differences += [f"{key} ({before.get(key)}, not {value})" for key, value in now.items()
-                        if before.get(key) != value and key not in known]  # fmt: skip
+        differences += [line for line in different(before, now[part]) if line.partition(" ")[0] not in known]
     if differences:
         raise InputError(f"{path} was made with other settings: {', '.join(differences)}; give a new --run-name to start anew, "
                          "or those settings to continue.")  # fmt: skip
 
 
-def origin_lines(
-    resume: Path | None, step: int, origin: str | None, loading: LoadingPlan | None, precision_note: str | None
-) -> list[str]:
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The entries of `now` that were otherwise: "name (then, not now)"; groups are named by their entries."""
+    lines = []
+    for key, value in now.items():
+        if isinstance(value, Mapping) and isinstance(before.get(key), Mapping):
+            lines += different(before[key], value)
+        elif before.get(key) != value:
+            lines.append(f"{key} ({before.get(key)}, not {value})")
+    return lines
+
+
+def origin_lines(prepared: Prepared, step: int, precision_note: str | None) -> list[str]:
     """What was loaded, what is new, and what is not as asked for."""
-    if resume:
-        lines = [f"resumed from {resume} at step {step}"]
+    loading = prepared.loading
+    if prepared.resume:
+        lines = [f"resumed from {prepared.resume} at step {step}"]
     elif loading:
-        lines = [f"{origin}: {loading.summary()}", *loading.notes, *(f"WARNING: {warning}" for warning in loading.warnings)]
+        warnings = (f"WARNING: {warning}" for warning in loading.warnings)
+        lines = [f"{prepared.origin}: {loading.summary()}", *loading.notes, *warnings]
     else:
         lines = ["weights newly initialised (--pretrained none)"]
     return lines + ([f"WARNING: {precision_note}"] if precision_note else [])
@@ -190,6 +244,7 @@ def data_header(features: FeatureDataset) -> dict[str, Any]:
         "image_size": features.image_size,
         "codec": dataclasses.asdict(features.codec),
         "classes": list(manifest.classes) if manifest else None,
+        "sha256": dict(manifest.sha256) if manifest else None,
     }
 
 
@@ -237,18 +292,17 @@ def export(arguments: list[str]) -> None:
         raise InputError(f"{chosen.checkpoint} is no training checkpoint; give one that train.py wrote under checkpoints/.")
     if chosen.layout == "ours" and not chosen.output.endswith(".safetensors"):
         raise InputError(f"{chosen.output}: our layout is written as .safetensors; give such a name, or --layout released.")
-    network = build(described(header["network"]))
-    network.load_state_dict(read_tensors(chosen.checkpoint, "model/" if chosen.raw else "ema/"))
+    if Path(chosen.output).exists() and Path(chosen.output).samefile(chosen.checkpoint):
+        raise InputError(f"{chosen.output} is the checkpoint itself; give another output.")
+    check_new_file(chosen.output, "output")
     kept = {key: header[key] for key in ("network", "data", "versions", "objective", "step")}
     kept["weights"] = "raw" if chosen.raw else "ema"
+    network = build(described(header["network"]))
+    network.load_state_dict(read_tensors(chosen.checkpoint, "model/" if chosen.raw else "ema/"))
     if chosen.layout == "ours":
         save_checkpoint(chosen.output, network.state_dict(), kept)
     else:
-        state = export_state(network, network.released_layout)
-        write = save_file if chosen.output.endswith(".safetensors") else torch.save
-        with atomic_write(chosen.output) as temporary:
-            temporary.touch()  # with the user's own permissions, which safetensors would narrow
-            write(state, temporary)
+        save_state(chosen.output, export_state(network, network.released_layout))
         if network.options != type(network).resolve(network.options_type(), network.backbone):
             print("This layout holds no options; whoever loads it must know " + ", ".join(
                 f"{name} {value}" for name, value in header["network"]["options"].items()))  # fmt: skip

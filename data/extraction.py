@@ -61,8 +61,12 @@ class Journal:
                 complete, line_break, _ = file.read().rpartition(b"\n")
             self._offsets[path] = self._offsets.get(path, 0) + len(complete) + len(line_break)
             for line in complete.splitlines():
-                entry = json.loads(line)
-                self.broken[entry["block"]] = {int(index): reason for index, reason in entry["broken"].items()}
+                try:
+                    entry = json.loads(line)
+                    broken = {int(index): str(reason) for index, reason in entry["broken"].items()}
+                    self.broken[int(entry["block"])] = broken
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    continue  # a damaged line: its block is computed again
 
 
 class Extraction:

@@ -83,9 +83,14 @@ class Manifest(FeatureSettings):
         version = mapping.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(
-                f"{folder / MANIFEST} has format version {version}; this code reads {FORMAT_VERSION}; extract again."
+                f"{folder / MANIFEST} has format version {version!r}; this code reads {FORMAT_VERSION}; extract again."
             )
-        return settings_from_mapping(Manifest, mapping, str(folder / MANIFEST))
+        manifest = settings_from_mapping(Manifest, mapping, str(folder / MANIFEST))
+        if len(manifest.latent_shape) != 3 or min(manifest.latent_shape) < 1:
+            raise InputError(
+                f"{folder / MANIFEST} is damaged (latent_shape {manifest.latent_shape}); extract the features again."
+            )
+        return manifest
 
 
 def settings_from_mapping(cls: Any, mapping: dict[str, Any], where: str) -> Any:

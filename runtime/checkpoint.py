@@ -8,6 +8,7 @@ checkpoint that can be seen is complete. An exported file holds the weights alon
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import pickle
@@ -44,22 +45,46 @@ def save_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
     """Writes tensors and JSON header as one safetensors file, atomically."""
     metadata = {"format": FORMAT, "header": json.dumps(header)}
     with atomic_write(path) as temporary:
-        temporary.touch()  # with the user's own permissions; safetensors would make it readable to its owner alone
-        try:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:
-            # safetensors wraps the system's error; the number in its text is what tells a full disk from a bug.
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), str(error), str(path)) from error
+        _save_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata, path)
+
+
+def save_state(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    """Writes weights alone for others to read, atomically: `.safetensors`, or a pickle of tensors under any other name."""
+    with atomic_write(path) as temporary:
+        if str(path).endswith(".safetensors"):
+            _save_safetensors(dict(state), temporary, None, path)
+        else:
+            with open(temporary, "wb", buffering=0) as file:
+                buffer = io.BytesIO()
+                torch.save(dict(state), buffer)
+                view = memoryview(buffer.getbuffer())
+                while view:  # torch's own writer turns a full disk into an error that does not say so
+                    view = view[file.write(view) :]
+
+
+def _save_safetensors(
+    tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str] | None, path: str | os.PathLike[str]
+) -> None:
+    try:
+        save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        # safetensors wraps the system's error; the number in its text is what tells a full disk from a bug.
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), str(error), str(path)) from error
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The JSON header of a file of ours; None when the file is somebody else's. InputError when it is truncated."""
     with _opened(path) as file:
         metadata = file.metadata() or {}
-    return json.loads(metadata["header"]) if metadata.get("format") == FORMAT else None
+    if metadata.get("format") != FORMAT:
+        return None
+    try:
+        return json.loads(metadata["header"])
+    except (KeyError, ValueError):
+        raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.") from None
 
 
 def read_tensors(path: str | os.PathLike[str], prefix: str) -> dict[str, Tensor]:
@@ -70,7 +95,7 @@ def read_tensors(path: str | os.PathLike[str], prefix: str) -> dict[str, Tensor]
 
 def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run's folder, oldest first."""
-    found = [path for path in Path(run, FOLDER).glob("*.safetensors") if path.stem.isdigit()]
+    found = [path for path in Path(run, FOLDER).glob("*.safetensors") if re.fullmatch("[0-9]+", path.stem)]
     return sorted(found, key=lambda path: int(path.stem))
 
 
@@ -80,11 +105,16 @@ def checkpoint_path(run: str | os.PathLike[str], step: int) -> Path:
 
 
 def keep_last(run: str | os.PathLike[str], count: int) -> None:
-    """Removes all but the last `count` checkpoints of a run, and what a killed process left half written."""
+    """Removes all but the last `count` checkpoints of a run."""
     for path in checkpoints(run)[:-count]:
-        path.unlink()
-    for leftover in Path(run, FOLDER).glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(run: str | os.PathLike[str]) -> None:
+    """Removes what killed processes left half written in a run's folder; for the one process that holds its lock."""
+    for pattern in (".*.partial", f"{FOLDER}/.*.partial", f"{FOLDER}/.tmp*", "samples/.*.partial"):  # .tmp*: safetensors' own
+        for leftover in Path(run).glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def read_weights(source: str, averaged: bool = True) -> Weights:

@@ -13,6 +13,7 @@ import difflib
 import errno
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 Config = TypeVar("Config")
+
+LARGEST = 2**63
+"""No setting needs a number this large, and no counter holds one."""
 
 
 class InputError(ValueError):
@@ -57,6 +61,8 @@ def checked_values(cls: type, mapping: Mapping[str, Any], where: str) -> dict[st
         name = str(key).replace("-", "_")
         if name not in names:
             raise InputError(f"{where}: unknown key {key!r}{nearest(name, names)}")
+        if name in values:
+            raise InputError(f"{where}: {name} is given twice.")
         values[name] = coerce(value, annotations[name], f"{where}: {key}")
     return values
 
@@ -79,7 +85,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_unique_keys(yaml.SafeLoader))
     except FileNotFoundError:
         raise InputError(f"{path}: no such configuration file; configs/ holds the published ones.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -87,6 +93,20 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold `key: value` lines, not {type(content).__name__}.")
     return content
+
+
+def _unique_keys(loader: Any) -> Any:
+    """A YAML loader that refuses a key given twice, where PyYAML takes the last one without a word."""
+
+    class UniqueKeys(loader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise InputError(f"the YAML file gives {key!r} twice; keep one of the two.")
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeys
 
 
 def coerce(value: Any, annotation: Any, name: str) -> Any:
@@ -130,9 +150,12 @@ def _scalar(value: Any, annotation: type, name: str) -> Any:
         if annotation is int and isinstance(value, float):
             raise InputError(f"{name} must be a whole number, not {value!r}.")
         try:
-            return annotation(value)
+            number = annotation(value)
         except (ValueError, OverflowError):
-            pass
+            raise InputError(f"{name} must be {kinds[annotation]}, not {value!r}.") from None
+        if annotation is int and abs(number) >= LARGEST:
+            raise InputError(f"{name} is {value}, which is too large.")
+        return number
     raise InputError(f"{name} must be {kinds[annotation]}, not {value!r}.")
 
 
@@ -208,10 +231,17 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except InputError as error:
+        if rank and not rank.endswith(" 0]"):
+            # Every process meets the same wrong input. The launcher ends the others when the first one leaves; they speak up
+            # only when the fault is theirs alone.
+            time.sleep(3)
         print(f"{script}{rank}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, BrokenPipeError):  # whoever read our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"{script}{rank}: error: the disk is full{where}; finished work is kept, free some space and run the same "

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from runtime.config import InputError
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -25,9 +31,45 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        # safetensors makes files that their owner alone may read; a colleague must be able to sample from a checkpoint.
+        os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
+    """Makes `folder` where it is missing and tries a file in it. InputError naming `flag` where that cannot be done."""
+    probe = Path(folder) / f".probe.{os.getpid()}.partial"
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{flag}: {folder} cannot be written ({error.strerror}); give another place.") from None
+
+
+def check_new_file(path: str | os.PathLike[str], flag: str) -> None:
+    """InputError naming `flag` where no file can be written at `path`."""
+    if Path(path).is_dir():
+        raise InputError(f"{flag}: {path} is a folder; name a file.")
+    check_writable(Path(path).parent, flag)
+
+
+def lock(folder: Path, busy: str) -> IO[str]:
+    """Holds `folder` for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises InputError `busy` where another process holds it.
+    """
+    handle = open(folder / ".lock", "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise InputError(busy) from None
+    except OSError:
+        pass  # a network file system without locks: nobody is kept out, as without this function
+    return handle
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

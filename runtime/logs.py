@@ -50,13 +50,12 @@ class RunLog:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # a kill can cut the last line
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):  # a kill can cut the last line, a power cut can fill it with anything
                 continue
-            if entry["step"] <= step:
-                kept.append(line + "\n")
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
 

@@ -85,6 +85,9 @@ def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> Di
     shapes = _shapes(canonical(weights))
     try:
         method, _, options = identify(shapes, METHODS)
+    except InputError as error:
+        raise InputError(f"{weights.origin}: {error}") from None
+    try:
         channels, patch = shapes["x_embedder.proj.weight"][1:3]
         backbone = Backbone.named(
             model,
@@ -95,7 +98,9 @@ def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> Di
         )
         return blueprint(method, backbone, options)
     except InputError as error:
-        raise InputError(f"{weights.origin}: {error}") from None
+        raise InputError(
+            f"{weights.origin} does not fit --model {model}, give the backbone it was trained with: {error}"
+        ) from None
     except KeyError as error:
         raise InputError(f"{weights.origin}: {error} is missing, so this is no whole DiT; copy the checkpoint again.") from None
 

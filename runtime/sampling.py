@@ -22,7 +22,7 @@ from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
-from runtime.networks import build_with, canonical, described, fit_weights, recognized
+from runtime.networks import build_with, canonical, described, fit_weights, method_name, recognized
 from runtime.seeding import Keys, integers, normal
 
 DECODED_AT_ONCE = 8
@@ -42,6 +42,7 @@ class SamplingSettings:
 class CheckpointSettings(SamplingSettings):
     """What sample.py and sample_ddp.py both ask: which network, decoded how, drawn from which seed."""
 
+    method: str | None = option(None, "method of the run that is looked for; none: any")
     model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
     image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
     ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
@@ -91,9 +92,16 @@ def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint
 
     InputError where they do not fit; nothing large has been made by then.
     """
+    if not math.isfinite(settings.cfg_scale):
+        raise InputError(f"--cfg-scale is {settings.cfg_scale}; it must be finite.")
     NoiseSchedule.linear().respaced(settings.num_sampling_steps)
     asked_codec = resolve_codec(settings.vae) if settings.vae else None
     checkpoint = read_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
+    method = method_name(checkpoint.network)
+    if settings.method not in (None, method):
+        raise InputError(
+            f"{path} holds a network of --method {method}, not {settings.method}; leave the flag out or correct it."
+        )
     if settings.weights == "raw" and checkpoint.kind != "raw":
         raise InputError(f"{path} holds {checkpoint.kind} weights alone, no raw ones; leave out --weights raw.")
     spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))
@@ -117,12 +125,14 @@ def choose_checkpoint(settings: CheckpointSettings) -> str:
         try:
             content = json.loads(config.read_text(encoding="utf-8"))
             model, image_size = content["network"]["model"], content["data"]["image_size"]
+            method = content["network"]["method"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run of ours
-        if saved and settings.model in (None, model) and settings.image_size in (None, image_size):
+        fits = settings.model in (None, model) and settings.method in (None, method)
+        if saved and fits and settings.image_size in (None, image_size):
             found.append(saved[-1])
     if not found:
-        wanted = f"{settings.model or 'any model'} at size {settings.image_size or 'any'}"
+        wanted = f"{settings.method or 'any method'}, {settings.model or 'any model'} at size {settings.image_size or 'any'}"
         raise InputError(f"no --ckpt is given and {settings.results_dir} holds no run of {wanted}; train one with train.py, "
                          "or give --ckpt (or another --results-dir).")  # fmt: skip
     return str(max(found, key=lambda path: path.stat().st_mtime))
@@ -148,6 +158,14 @@ def read_checkpoint(path: str, model: str | None, image_size: int | None, averag
         plan = recognized(weights, model, (image_size // LATENT_FACTOR,) * 2)
         fit_weights(weights, plan)
         return Checkpoint(plan, weights, path, model, image_size, None, None, None, "released")
+    try:
+        return _from_header(path, weights, model, image_size, averaged)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.") from None
+
+
+def _from_header(path: str, weights: Weights, model: str | None, image_size: int | None, averaged: bool) -> Checkpoint:
+    header = weights.header or {}
     description, data = header["network"], header["data"]
     for name, asked, there in (("model", model, description["model"]), ("image-size", image_size, data["image_size"])):
         if asked is not None and asked != there:

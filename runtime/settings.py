@@ -33,7 +33,7 @@ class TrainingSettings:
     learn_sigma: bool = option(True, "predict the variance beside the noise")
     results_dir: str = option("results", "folder that holds one folder per run")
     run_name: str | None = option(None, "name of the run's folder; none: MODEL-METHOD-SIZE")
-    resume: str = option("auto", "auto: go on from the run's newest checkpoint; none: start anew; or a checkpoint file")
+    resume: str = option("auto", "auto: go on from the run's newest checkpoint; none: refuse to continue one; or a file")
     max_steps: int | None = option(None, "optimizer steps of the whole run; none: by --epochs")
     epochs: int = option(1400, "passes over the data, where --max-steps is not given")
     global_batch_size: int = option(256, "samples per optimizer step, over all processes and accumulation")
@@ -174,9 +174,14 @@ def check(settings: TrainingSettings) -> None:
             value = getattr(settings, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
+    for name, most in (("global_batch_size", 2**24), ("sample_count", 10_000)):
+        if getattr(settings, name) > most:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at most {most}.")
     for name in ("label_drop", "ema_decay", "adam_beta2"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be between 0 and 1.")
+    if not math.isfinite(settings.cfg_scale):
+        raise InputError(f"--cfg-scale is {settings.cfg_scale}; it must be finite.")
     for name in ("learning_rate", "gradient_clip"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:

@@ -111,7 +111,15 @@ class Trainer:
         if self.step >= self.last_step and main:
             say(f"nothing to do: the run is at step {self.step} of {self.last_step}; raise --max-steps to train on.")
         terminated: list[int] = []
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+
+        def stop(number: int, frame: Any) -> None:
+            terminated.append(number)
+            signal.signal(number, previous[signal.Signals(number)])  # a second Ctrl-C does not wait for the step
+
+        signals = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.getsignal(number) for number in signals}
+        for number in signals:
+            signal.signal(number, stop)
         log = RunLog(self.run_folder, self.step) if main else None
         bar = tqdm(total=self.last_step, initial=self.step, desc="train", unit="step", disable=not main, dynamic_ncols=True)
         self._started, self._logged_step = time.perf_counter(), self.step
@@ -124,16 +132,20 @@ class Trainer:
                     bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}")
                     if log:
                         log.scalars(self.step, values)
-                if main and self.step % self.settings.checkpoint_every == 0:
+                if main and self.step % self.settings.checkpoint_every == 0 and not self._spoilt:
                     self.save()
                 if log and self.grid and self.step % self.settings.sample_every == 0:
                     log.picture(self.step, "samples", self.grid(self.ema.network, self.step))
+            if self._spoilt:
+                raise InputError(self._not_finite())
             if main and self.step != self._saved_step:
                 self.save()
             if main and self.step < self.last_step:
-                say(f"stopped by SIGTERM; saved at step {self.step}, the same command continues.")
+                by = signal.Signals(terminated[0]).name if terminated else "another process"
+                say(f"stopped by {by}; saved at step {self.step}, the same command continues.")
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number in signals:
+                signal.signal(number, previous[number])
             bar.close()
             if log:
                 log.close()
@@ -154,16 +166,23 @@ class Trainer:
         accumulation = self.settings.gradient_accumulation
         share = self.settings.global_batch_size // (processes * accumulation)
         losses: dict[str, Tensor] = {}
+        seen: list[Tensor] = []
         for micro in range(accumulation):
             start = (micro * processes + self.accelerator.process_index) * share
             positions = torch.arange(start, start + share)
             latents, labels = self.data.batch_at(self.step, positions, device)
+            seen.append(latents)
             with self.accelerator.accumulate(self.step_module):
                 loss, parts = self.step_module(latents, labels, positions.to(device), self.step)
                 self.accelerator.backward(loss)
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0.0) + value.float() / accumulation
-        return self._update(losses)
+        norm = self._update(losses)
+        if self._skipped_in_a_row and not all(bool(torch.isfinite(latents).all()) for latents in seen):
+            raise InputError(
+                f"{self.settings.feature_path} holds numbers that are not finite (met at step {self.step}); extract it again."
+            )
+        return norm
 
     def _update(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Applies the accumulated gradients, unless they are not finite; then the average and the logged losses follow."""
@@ -196,12 +215,20 @@ class Trainer:
         scaler = self.accelerator.scaler
         # While a scaler finds its scale, overflowing steps are its business.
         if scaler is None or scaler.get_scale() <= 1.0:
-            saved = checkpoints(self.run_folder)
-            good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
-            raise InputError(
-                f"training stopped at step {self.step}: the gradients were not finite {self._skipped_in_a_row} steps in a row; "
-                f"{good}; lower --learning-rate, set --gradient-clip, or use bf16 or fp32."
-            )
+            raise InputError(self._not_finite())
+
+    @property
+    def _spoilt(self) -> bool:
+        """In a row of steps that are not finite the weights may be spoilt already; with a scaler that is its search."""
+        return self._skipped_in_a_row > 0 and self.accelerator.scaler is None
+
+    def _not_finite(self) -> str:
+        saved = checkpoints(self.run_folder)
+        good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+        return (
+            f"training stopped at step {self.step}: the gradients were not finite {self._skipped_in_a_row} steps in a row; "
+            f"{good}; lower --learning-rate, set --gradient-clip, or use bf16 or fp32."
+        )
 
     def _averages(self, gradient_norm: Tensor) -> dict[str, float]:
         """Mean losses of the finite steps since the last call, over all processes, and the speed."""

@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from small_runs import QUICK, ROOT, SHORT, Result, free_port, random_network, run, torchrun, write_features
 
 from data.latents import PIXELS, SD_VAE, resolve_codec
 from data.manifest import FeatureSettings
 from models import Backbone
+
+# The same examples every time: a test that fails must fail again.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 PICTURES, CLASSES = 24, 3
 

@@ -181,7 +181,8 @@ def test_nearest_prefers_the_close_word() -> None:
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 whole = st.integers(-(2**53), 2**53)
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# argparse up to Python 3.12 drops a value that is "--" alone, even behind an equals sign.
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda word: word != "--")
 lists = st.lists(whole, max_size=4).map(tuple)
 examples = st.builds(
     Example,

@@ -48,12 +48,14 @@ def test_a_file_without_a_position_table_needs_the_size(released: Path) -> None:
 def test_foreign_folders_among_the_results_are_passed_over(content: str, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text(content)
-    with pytest.raises(InputError, match="holds no run of any model at size any"):
+    with pytest.raises(InputError, match="holds no run of any method, any model at size any"):
         choose_checkpoint(CheckpointSettings(results_dir=str(tmp_path)))
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "0000001.safetensors").touch()
-    (run / "config.json").write_text(json.dumps({"network": {"model": "DiT-T/2"}, "data": {"image_size": 64}}))
+    (run / "config.json").write_text(
+        json.dumps({"network": {"model": "DiT-T/2", "method": "dense"}, "data": {"image_size": 64}})
+    )
     assert choose_checkpoint(CheckpointSettings(results_dir=str(tmp_path), model="DiT-T/2")).endswith("0000001.safetensors")
 
 
