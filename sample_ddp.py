@@ -57,11 +57,11 @@ def sample(settings: SampleSettings) -> None:
         raise InputError(f"--num-fid-samples is {settings.num_fid_samples}; it must be at least 1, and below 2^32.")
     if not 1 <= settings.per_proc_batch_size <= MOST_AT_ONCE:
         raise InputError(f"--per-proc-batch-size is {settings.per_proc_batch_size}; it must be 1 to {MOST_AT_ONCE}.")
-    check_writable(settings.sample_dir, "--sample-dir")
     state = make_state()
     # One process chooses: a training that saves meanwhile could give each of them another newest checkpoint.
     path = broadcast_object_list([choose_checkpoint(settings) if state.is_main_process else None])[0]
     checkpoint, spec = open_checkpoint(settings, str(path))
+    check_writable(settings.sample_dir, "--sample-dir")
     set_numerics(settings.tf32)
     codec = load_codec(spec, state.device)
     checkpoint = checkpoint.build()

@@ -110,19 +110,27 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         "objective": "ddpm",
     }
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
-    for folder in (run, run / FOLDER, run / "samples")[: 3 if grid_codec else 2]:
-        check_writable(folder, "--results-dir")
-    held = None
-    if int(os.environ.get("RANK", "0")) == 0:
-        held = lock(run, f"{run} is being trained by another process; wait for it, or give another --run-name.")
-        remove_leftovers(run)
     resume = resume_from(settings, run)
     if resume:
         check_resumable(resume, settings, header)
     weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
     state, loading = fit_weights(weights, network) if weights else (None, None)
     origin = weights.origin if weights else None
+    held = hold(settings, run, resume)
     return Prepared(features, network, objective, run, held, resume, state, loading, origin, grid_codec, header)
+
+
+def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] | None:
+    """Makes the run's folder and, in the first process, keeps every other run out of it until this one ends."""
+    for folder in (run, run / FOLDER, run / "samples")[: 3 if settings.sample_every else 2]:
+        check_writable(folder, "--results-dir")
+    if int(os.environ.get("RANK", "0")) != 0:
+        return None
+    held = lock(run, f"{run} is being trained by another process; wait for it, or give another --run-name.")
+    if resume_from(settings, run) != resume:
+        raise InputError(f"{run} went on while this run started; give the same command again.")
+    remove_leftovers(run)
+    return held
 
 
 def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:

@@ -85,9 +85,6 @@ def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> Di
     shapes = _shapes(canonical(weights))
     try:
         method, _, options = identify(shapes, METHODS)
-    except InputError as error:
-        raise InputError(f"{weights.origin}: {error}") from None
-    try:
         channels, patch = shapes["x_embedder.proj.weight"][1:3]
         backbone = Backbone.named(
             model,
@@ -96,13 +93,15 @@ def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> Di
             num_classes=shapes[LABEL_TABLE][0] - 1,
             learn_sigma=shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
         )
-        return blueprint(method, backbone, options)
     except InputError as error:
-        raise InputError(
-            f"{weights.origin} does not fit --model {model}, give the backbone it was trained with: {error}"
-        ) from None
+        raise InputError(f"{weights.origin}: {error}") from None
     except KeyError as error:
         raise InputError(f"{weights.origin}: {error} is missing, so this is no whole DiT; copy the checkpoint again.") from None
+    try:
+        return blueprint(method, backbone, options)
+    except InputError as error:
+        hint = f"does not fit --model {model}, give the backbone it was trained with"
+        raise InputError(f"{weights.origin} {hint}: {error}") from None
 
 
 def summary(network: DiT, model: str) -> str:

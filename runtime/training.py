@@ -114,7 +114,8 @@ class Trainer:
 
         def stop(number: int, frame: Any) -> None:
             terminated.append(number)
-            signal.signal(number, previous[signal.Signals(number)])  # a second Ctrl-C does not wait for the step
+            if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step; a second SIGTERM is a launcher's habit
+                signal.signal(number, previous[signal.SIGINT])
 
         signals = (signal.SIGTERM, signal.SIGINT)
         previous = {number: signal.getsignal(number) for number in signals}
