@@ -142,7 +142,7 @@ class Trainer:
             if main and self.step != self._saved_step:
                 self.save()
             if main and self.step < self.last_step:
-                by = signal.Signals(terminated[0]).name if terminated else "another process"
+                by = signal.Signals(terminated[0]).name if terminated else "a signal to another process"
                 say(f"stopped by {by}; saved at step {self.step}, the same command continues.")
         finally:
             for number in signals:
