@@ -286,10 +286,16 @@ class Trainer:
         header = read_header(path)
         if header is None:
             raise InputError(f"{path} is no training checkpoint of ours; give it as --pretrained to start from its weights.")
-        self.network.load_state_dict(read_tensors(path, "model/"))
-        self.ema.network.load_state_dict(read_tensors(path, "ema/"))
         moments, state = read_tensors(path, "optimizer/"), self.optimizer.state_dict()
         names = {name: place for place, name in enumerate(self._parameter_names())}
+        stepped = names if header["step"] > header["skipped_steps"] else ()
+        if {key.rpartition("/")[0] for key in moments} != set(stepped):
+            raise InputError(f"{path} lacks optimizer state; delete it, and the same command continues from the one before.")
+        for prefix, network in (("model/", self.network), ("ema/", self.ema.network)):
+            tensors = read_tensors(path, prefix)
+            if tensors.keys() != network.state_dict().keys():
+                raise InputError(f"{path} lacks weights; delete it, and the same command continues from the one before.")
+            network.load_state_dict(tensors)
         state["state"] = {}
         for key, value in moments.items():
             name, _, moment = key.rpartition("/")

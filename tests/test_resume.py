@@ -32,7 +32,7 @@ from small_runs import (
 
 import train
 from runtime import distributed
-from runtime.checkpoint import checkpoints
+from runtime.checkpoint import checkpoints, read_tensors, save_checkpoint
 from runtime.training import Trainer
 
 NAME = "DiT-T-2-sparsedit-64"
@@ -354,6 +354,18 @@ def test_a_damaged_newest_checkpoint_is_named(
     for damaged in (whole_bytes[:-1000], whole_bytes[:100], b"", b"no checkpoint at all"):
         newest.write_bytes(damaged)
         assert_refused(call("train", *moments, "--results-dir", tmp_path), "0000008.safetensors")
+
+
+@pytest.mark.parametrize("lost", ["model/", "ema/", "optimizer/"])
+def test_a_checkpoint_that_lacks_tensors_is_refused(
+    lost: str, moments: list[str], whole: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    run = stopped_after(moments, tmp_path, 4, whole(moments))
+    (path,) = checkpoints(run)
+    tensors = read_tensors(path, "")
+    gone = [name for name in tensors if name.startswith(lost)][:3]
+    save_checkpoint(path, {name: value for name, value in tensors.items() if name not in gone}, header_at(run))
+    assert_refused(call("train", *moments, "--results-dir", tmp_path), path.name, "lacks")
 
 
 def test_resume_takes_a_file_or_none(moments: list[str], whole: Callable[[list[str]], Path], tmp_path: Path) -> None:
