@@ -44,7 +44,7 @@ def check_writable(folder: str | os.PathLike[str], flag: str) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of the run may be tidying up already
     except OSError as error:
         raise InputError(f"{flag}: {folder} cannot be written ({error.strerror}); give another place.") from None
 

@@ -106,7 +106,7 @@ class Trainer:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains to the last step; a SIGTERM saves a checkpoint and leaves."""
+        """Trains to the last step; a SIGTERM or a first Ctrl-C saves a checkpoint and leaves."""
         main = self.accelerator.is_main_process
         if self.step >= self.last_step and main:
             say(f"nothing to do: the run is at step {self.step} of {self.last_step}; raise --max-steps to train on.")

@@ -73,6 +73,18 @@ def test_a_second_run_in_the_same_folder_is_refused(
     assert call(script, *words[script]).code == 0
 
 
+def test_a_probe_that_another_process_tidied_away_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process of a run removes leftovers while the others still try the folder."""
+    touch = Path.touch
+
+    def touched_and_gone(path: Path) -> None:
+        touch(path)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", touched_and_gone)
+    check_writable(tmp_path, "--flag")
+
+
 @pytest.mark.parametrize("place", ["file/below", "/proc/nope"])
 def test_a_place_that_cannot_be_written_is_named(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
