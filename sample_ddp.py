@@ -83,9 +83,11 @@ def sample(settings: SampleSettings) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         packed = Path(f"{target}.npz")
-        pack_pictures(target, settings.num_fid_samples, (checkpoint.image_size,) * 2, packed)
-        print(f"{packed}: arr_0 ({settings.num_fid_samples}, {checkpoint.image_size}, {checkpoint.image_size}, 3) uint8; "
-              f"protocol in {target}.json")  # fmt: skip
+        index = torch.arange(settings.num_fid_samples)
+        labels = draw_labels(settings.labels, network.backbone.num_classes, settings.seed, index).numpy()
+        pack_pictures(target, settings.num_fid_samples, (checkpoint.image_size,) * 2, packed, labels)
+        print(f"{packed}: arr_0 ({settings.num_fid_samples}, {checkpoint.image_size}, {checkpoint.image_size}, 3) uint8, "
+              f"arr_1 the labels; protocol in {target}.json")  # fmt: skip
     if held:
         held.close()
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from PIL import Image
 
+from benchmarks.memory import watch_memory
 from runtime.pictures import pack_pictures, picture_path
 
 DISTINCT = 64
@@ -25,27 +24,16 @@ def measure(count: int, side: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "pictures")
         make_pictures(folder, count, side)
-        process, peak, done = psutil.Process(), [0], threading.Event()
-        before = process.memory_info().rss
-
-        def watch() -> None:
-            while not done.is_set():
-                peak[0] = max(peak[0], process.memory_info().rss)
-                time.sleep(0.005)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         started = time.perf_counter()
-        pack_pictures(folder, count, (side, side), Path(name, "packed.npz"))
+        with watch_memory() as added:
+            pack_pictures(folder, count, (side, side), Path(name, "packed.npz"))
         seconds = time.perf_counter() - started
-        done.set()
-        watcher.join()
         packed = Path(name, "packed.npz").stat().st_size
     return {
         "measured": "pack",
         "count": count,
         "side": side,
-        "added_mb": (peak[0] - before) / 1e6,
+        "added_mb": added.megabytes,
         "npz_mb": packed / 1e6,
         "pictures_per_second": count / seconds,
     }

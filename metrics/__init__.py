@@ -1,5 +1,7 @@
-"""Scores of generated pictures: feature networks, and metrics that take features and know nothing of networks.
+"""Scores of generated pictures: what reads them, what turns them into features, and what turns features into numbers.
 
-`pictures` reads a batch in pieces, `networks` turns pictures into features, `frechet`, `inception_score` and
-`precision_recall` turn features into numbers. Only the TensorFlow network in `networks` needs TensorFlow.
+`pictures` (with `npz`) reads a batch in pieces, `networks` turns pictures into features, `features` does that for a whole
+batch, on any number of processes, and keeps the result. Each score has its module (`frechet`, `inception_score`,
+`precision_recall`, `kernel_distance`, `density_coverage`), which knows features alone; `scores` computes all, `bootstrap` their
+intervals. `reference` writes reference batches, `record` says how numbers came about, `report` shows them.
 """

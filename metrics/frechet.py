@@ -8,6 +8,7 @@ is the same on spatial features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -18,14 +19,36 @@ from runtime.config import InputError
 _ROWS_AT_ONCE = 512
 # What rounding, of float32 files too, may leave below zero in a true covariance, relative to its trace.
 _NEGATIVE_EIGENVALUE = 1e-4
+_ASYMMETRY = 1e-3
+# Rounding in double precision at 2,048 dimensions is of the order of 1e-13.
+_ROUNDING = 1e-8
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (D,) and covariance (D, D) of a set of feature vectors, float64."""
+    """Mean (D,) and covariance (D, D) of a set of feature vectors, float64, and how many vectors, where that is known."""
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
+    count: int | None = None
+
+
+class Frechet(NamedTuple):
+    """A Fréchet distance, and how well determined it is: the numerical rank of S1 S2, at most `dimensions`.
+
+    A covariance of N vectors has at most the rank N - 1; a distance of lower rank than `dimensions` is biased upwards.
+    """
+
+    distance: float
+    rank: int
+    dimensions: int
+
+
+class Factor(NamedTuple):
+    """F with F F' = a covariance, (D, D), but for negative eigenvalues of at most `lost` in size, which were rounding."""
+
+    matrix: NDArray[np.float64]
+    lost: float
 
 
 class MeanAndCovariance:
@@ -58,7 +81,7 @@ class MeanAndCovariance:
         self._merge()
         if self.count < 2 or self._mean is None or self._scatter is None:
             raise ValueError("a covariance needs at least two feature vectors")
-        return Statistics(self._mean.copy(), self._scatter / (self.count - 1))
+        return Statistics(self._mean.copy(), self._scatter / (self.count - 1), self.count)
 
     def _merge(self) -> None:
         if not self._waiting:
@@ -88,41 +111,106 @@ def statistics_of(features: NDArray[np.floating]) -> Statistics:
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """The distance alone of `frechet`."""
+    return frechet(first, second).distance
+
+
+def frechet(first: Statistics, second: Statistics, factor: Factor | None = None) -> Frechet:
     """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, equation 6).
 
     With S1 = F F', S1 S2 has the eigenvalues of the symmetric F' S2 F, so the trace of its root needs symmetric eigenvalues
-    alone: several times faster than a general matrix root, and defined where S1 S2 is singular.
-    Raises InputError where the two differ in dimension or one is no covariance.
+    alone: several times faster than a general matrix root, and defined where S1 S2 is singular. The eigenvalues are checked
+    against sums that need none. `factor` is `factor_of(first.covariance)`, where that stands already.
+    Raises InputError where the two differ in dimension, one is no covariance, or the eigenvalues fail their check.
     """
     if first.mean.shape != second.mean.shape:
         raise InputError(
             f"features of {len(first.mean)} and of {len(second.mean)} numbers cannot be compared; "
             "both sides must come from the same network."
         )
-    factor = _factor(_symmetric(first.covariance))
-    product = factor.T @ _symmetric(second.covariance) @ factor  # (D, D)
+    factor = factor or factor_of(first.covariance)
+    product = _symmetric(factor.matrix.T @ _checked(second.covariance) @ factor.matrix)  # (D, D)
+    eigenvalues = scipy.linalg.eigvalsh(product)
     traces = float(np.trace(first.covariance)), float(np.trace(second.covariance))
-    eigenvalues = _non_negative(scipy.linalg.eigvalsh(_symmetric(product)), traces[0] * traces[1])
+    _check_eigenvalues(eigenvalues, product, first.covariance, second.covariance, factor.lost * traces[1])
+    roots = np.sqrt(_non_negative(eigenvalues, traces[0] * traces[1]))
     shift = first.mean - second.mean
-    distance = shift @ shift + traces[0] + traces[1] - 2.0 * np.sqrt(eigenvalues).sum()
-    return max(float(distance), 0.0)
+    distance = float(shift @ shift + traces[0] + traces[1] - 2.0 * roots.sum())
+    dimensions = len(first.mean)
+    rank = int((eigenvalues > dimensions * np.finfo(np.float64).eps * eigenvalues[-1]).sum())
+    return Frechet(max(distance, 0.0), rank, dimensions)
 
 
-def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """F with F F' = covariance. (D, D)"""
+def frechet_of_few(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
+    """The Fréchet distance between two sets of vectors, (N, D) and (M, D), at a cost that suits N, M << D.
+
+    With centred rows X1 and X2, S1 = X1' X1 / (N - 1), and S1 S2 has the non-zero eigenvalues of A A' with
+    A = X1 X2' / ((N - 1) (M - 1))^(1/2), so Tr (S1 S2)^(1/2) is the nuclear norm of A: an N x M matrix instead of D x D.
+    Raises InputError below two vectors on a side, or for vectors that are not finite.
+    """
+    if min(len(first), len(second)) < 2:
+        raise InputError(f"a covariance needs at least two pictures on either side, not {min(len(first), len(second))}.")
+    means, deviations = [], []
+    for rows in (first, second):
+        vectors = np.asarray(rows, dtype=np.float64)
+        if not np.isfinite(vectors).all():
+            raise InputError("the features hold numbers that are not finite; check the network's weights file.")
+        means.append(vectors.mean(axis=0))
+        deviations.append((vectors - means[-1]) / np.sqrt(len(vectors) - 1))
+    root_trace = scipy.linalg.svdvals(deviations[0] @ deviations[1].T).sum()
+    shift = means[0] - means[1]
+    traces = sum(float((rows * rows).sum()) for rows in deviations)
+    return max(float(shift @ shift + traces - 2.0 * root_trace), 0.0)
+
+
+def factor_of(covariance: NDArray[np.float64]) -> Factor:
+    """F with F F' = covariance, (D, D). Raises InputError for a matrix that is no covariance."""
+    symmetric = _checked(covariance)
     try:
-        return scipy.linalg.cholesky(covariance, lower=True)
+        return Factor(scipy.linalg.cholesky(symmetric, lower=True), 0.0)
     except scipy.linalg.LinAlgError:
         # Fewer samples than dimensions: Cholesky's factor does not exist, the symmetric eigenvectors do.
-        values, vectors = scipy.linalg.eigh(covariance, driver="evd")
-        return vectors * np.sqrt(_non_negative(values, float(np.trace(covariance))))
+        values, vectors = scipy.linalg.eigh(symmetric, driver="evd")
+        roots = np.sqrt(_non_negative(values, float(np.trace(symmetric))))
+        return Factor(vectors * roots, max(-float(values[0]), 0.0))
+
+
+def _checked(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The covariance without the asymmetry of rounding. Raises InputError for what is no symmetric matrix of numbers."""
+    if not np.isfinite(covariance).all():
+        raise InputError("a covariance holds numbers that are not finite; compute its statistics again.")
+    if np.abs(covariance - covariance.T).max() > _ASYMMETRY * np.abs(covariance).max():
+        raise InputError("a covariance is not symmetric; the sigma it was read from is damaged or holds something else.")
+    return _symmetric(covariance)
 
 
 def _symmetric(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return (matrix + matrix.T) / 2.0
 
 
-def _non_negative(eigenvalues: NDArray[np.floating], scale: float) -> NDArray[np.floating]:
+def _check_eigenvalues(
+    eigenvalues: NDArray[np.float64],
+    product: NDArray[np.float64],
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    lost: float,
+) -> None:
+    """Two identities that a wrong factor, product or eigenvalue breaks. Raises InputError where one does not hold.
+
+    The eigenvalues sum to Tr(S1 S2), their squares to |F' S2 F|^2, both sums over elements. `lost` is what the first may miss.
+    """
+    found, expected = float(eigenvalues.sum()), float((first * second).sum())
+    of_squares, squares = float((eigenvalues**2).sum()), float((product**2).sum())
+    allowed = lost + _ROUNDING * float(np.linalg.norm(first) * np.linalg.norm(second))
+    if not abs(found - expected) <= allowed or not abs(of_squares - squares) <= _ROUNDING * squares:
+        raise InputError(
+            f"the eigenvalues of the covariances' product contradict its trace ({found:.6g} against {expected:.6g}, their "
+            f"squares {of_squares:.6g} against {squares:.6g}), so the Fréchet distance would be wrong; reinstall NumPy and "
+            "SciPy, or try OMP_NUM_THREADS=1."
+        )
+
+
+def _non_negative(eigenvalues: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
     """The eigenvalues (ascending) with rounding below zero removed; `scale` is what they were computed from, in size."""
     if eigenvalues[0] < -_NEGATIVE_EIGENVALUE * abs(scale):
         raise InputError(

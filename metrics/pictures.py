@@ -1,28 +1,40 @@
 """Batches of pictures, read a few at a time: an npz file (read in place, stored or compressed) or a folder of PNGs.
 
-Opening reads headers alone and finds whatever is wrong with them; memory does not grow with the number of pictures.
+Opening reads headers alone and finds whatever is wrong with them; memory does not grow with the number of pictures, but for
+the names of a folder's files. A stored npz (numpy.savez) and a folder give any picture at once. Compressed data
+(numpy.savez_compressed) can only be read from its beginning: every pass decompresses up to the last picture it wants.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
+import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from metrics.frechet import Statistics
+from metrics.npz import DAMAGE, find_member, one_line, read_labels, read_network, read_statistics, stored_at
 from runtime.config import InputError
+from runtime.files import sha256, write_json
 
 _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif"}
+_PIECE = 1 << 20
+_WORTH_A_BAR = 1 << 30
+_SETTLED_SECONDS = 2.0
 
 
 class Pictures(Protocol):
@@ -32,8 +44,25 @@ class Pictures(Protocol):
     height: int
     width: int
 
-    def batches(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        """The pictures in order, `size` at a time. -> (size, height, width, 3) uint8, the last one shorter"""
+    @property
+    def names(self) -> Sequence[str]:
+        """The files that hold them, relative to the batch's path; "" is the path itself."""
+        ...
+
+    def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
+        """The pictures of each range (first, stop), ranges ascending, in one pass. -> (stop - first, height, width, 3) uint8"""
+        ...
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
+        """Pictures `start` up to `stop` (the end), `size` at a time, the last piece shorter. -> (size, height, width, 3)"""
+        ...
+
+    def take(self, indices: ArrayLike) -> NDArray[np.uint8]:
+        """The pictures of these indices, in any order and with repeats. (n,) -> (n, height, width, 3)"""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 of the content, read wholly."""
         ...
 
 
@@ -45,12 +74,23 @@ class PictureBatch:
     pictures: Pictures | None
     pool: Statistics | None
     spatial: Statistics | None
+    labels: NDArray[np.int64] | None = None
+    """Class of each picture, `arr_1` of an npz. (N,)"""
+    network: Mapping[str, str] | None = None
+    """Which network the file's statistics are of, as `metrics.networks.description`; None where the file does not say."""
+
+
+def spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """The ranges (first, stop) that cut start..stop into pieces of `size`, the last one shorter."""
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def open_batch(path: str | os.PathLike[str]) -> PictureBatch:
     """Opens a folder of PNGs, or an npz with `arr_0` (N, H, W, 3) uint8, or `mu, sigma, mu_s, sigma_s`, or all of these.
 
-    Reads headers and the statistics, no pictures. Raises InputError for anything that cannot be evaluated.
+    Further entries of an npz: `arr_1` (N,), the pictures' classes; `count`, of how many pictures the statistics are;
+    `network`, JSON text that says of which network. Reads headers, statistics and classes, no pictures.
+    Raises InputError for anything that cannot be evaluated.
     """
     place = Path(path)
     if place.is_dir():
@@ -61,119 +101,224 @@ def open_batch(path: str | os.PathLike[str]) -> PictureBatch:
         with zipfile.ZipFile(place) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{place} is not a readable npz file ({_one_line(error)}); write it with numpy.savez.") from None
-    pool, spatial = _statistics(place, names, "mu", "sigma"), _statistics(place, names, "mu_s", "sigma_s")
+        raise InputError(f"{place} is not a readable npz file ({one_line(error)}); write it with numpy.savez.") from None
+    pool = read_statistics(place, names, "mu", "sigma")
+    spatial = read_statistics(place, names, "mu_s", "sigma_s")
     pictures = NpzPictures(place) if "arr_0" in names else None
     if pictures is None and pool is None and spatial is None:
         found = ", ".join(sorted(names)[:8]) or "nothing"
         raise InputError(
             f"{place} holds {found}, but neither pictures (arr_0) nor statistics (mu, sigma); write the pictures as arr_0."
         )
-    return PictureBatch(place, pictures, pool, spatial)
+    labels = read_labels(place, pictures.count) if pictures and "arr_1" in names else None
+    return PictureBatch(place, pictures, pool, spatial, labels, read_network(place) if "network" in names else None)
 
 
 class NpzPictures:
-    """`arr_0` of an npz file, read piece by piece from within the zip archive. Implements `Pictures`."""
+    """`arr_0` of an npz file, read piece by piece from within the zip archive. Implements `Pictures`.
+
+    A stored array is read straight from the file, not through a memory map, whose pages would count as this process's
+    memory. That passes by the archive's checksum: `content_hash` compares it.
+    """
+
+    names = ("",)
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with zipfile.ZipFile(path) as archive:
-            try:
-                member = archive.getinfo("arr_0.npy")
-                with archive.open(member) as file:
-                    shape, in_fortran_order, dtype = _read_header(file)
-                    header_size = file.tell()
-            except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-                raise InputError(f"{path}: arr_0 cannot be read ({_one_line(error)}); write the file again.") from None
-        if dtype != np.uint8:
-            raise InputError(f"{path}: arr_0 is {dtype}; pictures must be uint8 with values 0 to 255.")
+        self._member = member = find_member(path, "arr_0")
+        shape = member.shape
+        if member.dtype != np.uint8:
+            raise InputError(f"{path}: arr_0 is {member.dtype}; pictures must be uint8 with values 0 to 255.")
         if len(shape) != 4 or shape[3] != 3:
             hint = "move the channels last" if len(shape) == 4 and shape[1] == 3 else "store RGB pictures"
             raise InputError(f"{path}: arr_0 has the shape {shape} instead of (pictures, height, width, 3); {hint}.")
-        if in_fortran_order:
+        if member.in_fortran_order:
             raise InputError(f"{path}: arr_0 is in Fortran order and cannot be read in pieces; apply numpy.ascontiguousarray.")
         self.count, self.height, self.width = shape[:3]
         if self.count == 0 or self.height == 0 or self.width == 0:
             raise InputError(f"{path}: arr_0 holds no pictures, its shape is {shape}.")
-        if member.file_size != header_size + self.count * self.height * self.width * 3:
+        self._picture_bytes = self.height * self.width * 3
+        if member.info.file_size != member.header_size + self.count * self._picture_bytes:
             raise InputError(f"{path}: arr_0 is cut short; write the file again.")
+        self._stored_at = stored_at(path, member)
 
-    def batches(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        """As `Pictures.batches`. Raises InputError where the file turns out to be damaged."""
-        with zipfile.ZipFile(self._path) as archive, archive.open("arr_0.npy") as file:
-            _read_header(file)
-            for start in range(0, self.count, size):
-                shape = (min(size, self.count - start), self.height, self.width, 3)
+    def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
+        """As `Pictures.pieces`. Raises InputError where the file turns out to be damaged."""
+        with self._opened() as (file, start):
+            for first, stop in ranges:
+                size = (stop - first) * self._picture_bytes
                 try:
-                    content = file.read(int(np.prod(shape)))
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    file.seek(start + first * self._picture_bytes)
+                    content = file.read(size)
+                except DAMAGE as error:
                     raise InputError(
-                        f"{self._path} is damaged after picture {start} ({_one_line(error)}); write it again."
+                        f"{self._path} is damaged after picture {first} ({one_line(error)}); write it again."
                     ) from None
-                yield np.frombuffer(content, dtype=np.uint8).reshape(shape)
+                if len(content) != size:
+                    raise InputError(f"{self._path} is cut short after picture {first}; write it again.")
+                yield np.frombuffer(content, dtype=np.uint8).reshape(-1, self.height, self.width, 3)
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
+        """As `Pictures.batches`."""
+        return self.pieces(spans(start, self.count if stop is None else stop, size))
+
+    def take(self, indices: ArrayLike) -> NDArray[np.uint8]:
+        """As `Pictures.take`, in one pass over the file."""
+        wanted, places = np.unique(_checked_indices(indices, self.count), return_inverse=True)
+        taken = np.empty((len(places), self.height, self.width, 3), np.uint8)
+        for place, (picture,) in enumerate(self.pieces([(index, index + 1) for index in wanted.tolist()])):
+            taken[places == place] = picture
+        return taken
+
+    def digest(self) -> str:
+        """SHA-256 of the file. Raises InputError where a stored array does not agree with the archive's checksum of it."""
+        total = self._path.stat().st_size
+        # Zip's checksum of a compressed member is compared when that is read.
+        start = total if self._stored_at is None else self._stored_at
+        digest, checksum, position = hashlib.sha256(), 0, 0
+        with open(self._path, "rb") as file, _bar(total, self._path) as bar:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+                inside = slice(max(start - position, 0), max(start + self._member.info.file_size - position, 0))
+                checksum = zlib.crc32(memoryview(piece)[inside], checksum)
+                position += len(piece)
+                bar.update(len(piece))
+        if self._stored_at is not None and checksum != self._member.info.CRC:
+            raise InputError(f"{self._path} is damaged (arr_0 does not agree with its checksum); write it again.")
+        return digest.hexdigest()
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[IO[bytes], int]]:
+        """A file that can seek, and where in it the first picture starts."""
+        if self._stored_at is not None:
+            with open(self._path, "rb") as file:
+                yield file, self._stored_at + self._member.header_size
+        else:
+            with zipfile.ZipFile(self._path) as archive, archive.open(self._member.info) as member:
+                yield member, self._member.header_size
 
 
 class FolderPictures:
     """The PNGs of one folder, subfolders apart, in the order of their numbers (2.png before 10.png). Implements `Pictures`."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with os.scandir(path) as entries:
             names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
         other = [name for name in names if Path(name).suffix.lower() in _OTHER_PICTURES]
         if other:
             raise InputError(f"{path} holds {min(other)}, which is no PNG; convert it without loss or move it elsewhere.")
-        self._files = [path / name for name in sorted(names, key=_numeric_order) if name.lower().endswith(".png")]
-        if not self._files:
+        self.names = [name for name in sorted(names, key=_numeric_order) if name.lower().endswith(".png")]
+        if not self.names:
             raise InputError(f"{path} holds no PNG files (subfolders are not searched).")
         with ThreadPoolExecutor() as threads:
-            sizes = list(threads.map(_png_size, self._files))
-        for file, size in zip(self._files, sizes, strict=True):
+            sizes = list(threads.map(lambda name: _png_size(path / name), self.names))
+        for name, size in zip(self.names, sizes, strict=True):
             if size != sizes[0]:
                 raise InputError(
-                    f"{path} mixes sizes: {self._files[0].name} is {sizes[0][0]} x {sizes[0][1]}, {file.name} is "
+                    f"{path} mixes sizes: {self.names[0]} is {sizes[0][0]} x {sizes[0][1]}, {name} is "
                     f"{size[0]} x {size[1]} pixels; keep pictures of one size."
                 )
-        self.count = len(self._files)
+        self.count = len(self.names)
         self.width, self.height = sizes[0]
 
-    def batches(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        """As `Pictures.batches`. Raises InputError naming the first file that cannot be decoded."""
+    def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
+        """As `Pictures.pieces`. Raises InputError naming the first file that cannot be decoded."""
         with ThreadPoolExecutor() as threads:
-            for start in range(0, self.count, size):
-                yield np.stack(list(threads.map(_decode, self._files[start : start + size])))
+            for first, stop in ranges:
+                yield np.stack(list(threads.map(_decode, [self._path / name for name in self.names[first:stop]])))
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
+        """As `Pictures.batches`."""
+        return self.pieces(spans(start, self.count if stop is None else stop, size))
+
+    def take(self, indices: ArrayLike) -> NDArray[np.uint8]:
+        """As `Pictures.take`."""
+        wanted = _checked_indices(indices, self.count)
+        taken = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
+        with ThreadPoolExecutor() as threads:
+            for row, picture in enumerate(threads.map(_decode, [self._path / self.names[index] for index in wanted])):
+                taken[row] = picture
+        return taken
+
+    def digest(self) -> str:
+        """SHA-256 over name, length and content of each PNG, in order."""
+        digest = hashlib.sha256()
+        with _bar(sum((self._path / name).stat().st_size for name in self.names), self._path) as bar:
+            for name in self.names:
+                content = (self._path / name).read_bytes()
+                digest.update(f"{name}\0{len(content)}\0".encode() + content)
+                bar.update(len(content))
+        return digest.hexdigest()
 
 
-def _statistics(path: Path, names: set[str], mean_name: str, covariance_name: str) -> Statistics | None:
-    present = {mean_name, covariance_name} & names
-    if not present:
-        return None
-    if len(present) == 1:
-        (missing,) = {mean_name, covariance_name} - names
-        raise InputError(f"{path} holds {present.pop()} without {missing}; store both or neither.")
+def content_hash(batch: PictureBatch, memory: Path | None = None) -> str:
+    """SHA-256 of an npz file, or of the names and contents of a folder's PNGs.
+
+    Reading 39 GB takes a minute, so the result is kept in a small file in the folder `memory` and believed, as make and
+    rsync would, while size, modification time and change time of the file (of each PNG) are the same. Bytes that change
+    while all three stay, as on a failing disk, are not noticed then. What was written within the last two seconds is hashed
+    each time, because a further change might leave its times as they are.
+    Raises InputError for a damaged file, and for one that changes while it is read.
+    """
+    place, state = str(batch.path.resolve()), content_state(batch)
+    note = memory / f"content-{hashlib.sha256(place.encode()).hexdigest()[:16]}.json" if memory else None
+    known = _remembered(note) if note else {}
+    if (known.get("path"), known.get("state")) == (place, state.text):
+        return str(known["sha256"])
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            mean = np.asarray(arrays[mean_name], dtype=np.float64)
-            covariance = np.asarray(arrays[covariance_name], dtype=np.float64)
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: {mean_name} or {covariance_name} cannot be read ({_one_line(error)}).") from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise InputError(
-            f"{path}: {mean_name} has the shape {mean.shape} and {covariance_name} the shape {covariance.shape}; "
-            "(D,) and (D, D) are needed."
-        )
-    if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
-        raise InputError(f"{path}: {mean_name} or {covariance_name} holds numbers that are not finite.")
-    return Statistics(mean, covariance)
+        content = batch.pictures.digest() if batch.pictures else sha256(batch.path)
+        unchanged = content_state(batch) == state
+    except FileNotFoundError:
+        unchanged = False
+    if not unchanged:
+        raise InputError(f"{batch.path} changed while it was read; start again when it is complete.")
+    if note and time.time() - state.latest > _SETTLED_SECONDS:
+        write_json(note, {"path": place, "state": state.text, "sha256": content})
+    return content
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype from the start of an npy stream, which is left at the first value."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"npy format version {version[0]}.{version[1]}")
+class ContentState(NamedTuple):
+    """What tells that a file or folder was written to, and when that last happened (seconds since 1970)."""
+
+    text: str
+    latest: float
+
+
+def content_state(batch: PictureBatch) -> ContentState:
+    """Names, sizes and times of a batch's files: two states differ when something was written between them."""
+    pictures = batch.pictures
+    # The pictures of one folder may be cropped to one size or another.
+    digest, latest = hashlib.sha256(f"{pictures.height} {pictures.width}\0".encode() if pictures else b""), 0
+    for name in pictures.names if pictures else [""]:
+        try:
+            found = os.stat(batch.path / name)
+        except FileNotFoundError:
+            digest.update(f"{name} is gone\0".encode())
+            continue
+        digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0".encode())
+        latest = max(latest, found.st_mtime_ns, found.st_ctime_ns)
+    return ContentState(digest.hexdigest(), latest / 1e9)
+
+
+def _remembered(note: Path) -> dict[str, Any]:
+    """What a note of `content_hash` says; nothing where it is missing or unreadable, and the content is then hashed anew."""
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) and isinstance(known.get("sha256"), str) else {}
+
+
+def _bar(total: int, path: Path) -> tqdm:
+    return tqdm(total=total, unit="B", unit_scale=True, desc=f"{path.name}: hashing the content", disable=total < _WORTH_A_BAR)
+
+
+def _checked_indices(indices: ArrayLike, count: int) -> NDArray[np.int64]:
+    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= count):
+        raise IndexError(f"pictures {wanted.min()} to {wanted.max()} were asked for, of {count}")
+    return wanted
 
 
 def _png_size(file: Path) -> tuple[int, int]:
@@ -184,7 +329,7 @@ def _png_size(file: Path) -> tuple[int, int]:
                 raise InputError(f"{file} is not an RGB picture (its mode is {picture.mode}); convert it to RGB.")
             return picture.size
     except (OSError, SyntaxError) as error:
-        raise InputError(f"{file} is not a readable PNG ({_one_line(error)}).") from None
+        raise InputError(f"{file} is not a readable PNG ({one_line(error)}).") from None
 
 
 def _decode(file: Path) -> NDArray[np.uint8]:
@@ -192,13 +337,9 @@ def _decode(file: Path) -> NDArray[np.uint8]:
         with Image.open(file, formats=("PNG",)) as picture:
             return np.asarray(picture)
     except (OSError, SyntaxError) as error:
-        raise InputError(f"{file} cannot be decoded ({_one_line(error)}); write it again.") from None
+        raise InputError(f"{file} cannot be decoded ({one_line(error)}); write it again.") from None
 
 
 def _numeric_order(name: str) -> tuple[list[tuple[int, str]], str]:
     """Sort key: runs of digits by their value, all else as text; the name itself where 1.png meets 01.png."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.findall(r"\d+|\D+", name)], name
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -17,15 +17,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.config import InputError
+from metrics.distances import block_of, check_features, check_neighbours, full_precision, merge_nearest, slices
 
 NEIGHBOURS = 3
 # The block is ADM's, because it is the unit that falls back to float32; the tile only bounds memory.
 _BLOCK = 10_000
-_TILE = 1_000
+_TILE = 500
 _HALF_LARGEST = float(torch.finfo(torch.float16).max)
+_CPU = torch.device("cpu")
 
 Progress = Callable[[int], object]
+
+
+class Covered(NamedTuple):
+    """Which pictures lie within a ball of the other set: (M,) booleans for the samples, (N,) for the references."""
+
+    samples: NDArray[np.bool_]
+    references: NDArray[np.bool_]
 
 
 class PrecisionRecall(NamedTuple):
@@ -36,47 +44,75 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    reference: NDArray[np.float32], samples: NDArray[np.float32], k: int = NEIGHBOURS, progress: Progress | None = None
+    reference: NDArray[np.float32],
+    samples: NDArray[np.float32],
+    k: int = NEIGHBOURS,
+    progress: Progress | None = None,
+    device: torch.device = _CPU,
 ) -> PrecisionRecall:
-    """Precision and recall of `samples` (M, D) against `reference` (N, D).
+    """Precision and recall of `samples` (M, D) against `reference` (N, D): the means of `covered`, which see."""
+    inside = covered(reference, samples, k, progress, device)
+    return PrecisionRecall(float(inside.samples.mean()), float(inside.references.mean()))
 
-    A picture's ball reaches to its k-th nearest neighbour within its own set. `progress` is told the number of pairs done,
-    `pair_count` in all. Raises InputError below k + 1 vectors on a side, or for vectors that are not finite.
+
+@full_precision()
+def covered(
+    reference: NDArray[np.float32],
+    samples: NDArray[np.float32],
+    k: int = NEIGHBOURS,
+    progress: Progress | None = None,
+    device: torch.device = _CPU,
+    radii: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+) -> Covered:
+    """Which of `samples` (M, D) lie within a ball of `reference` (N, D), and which references within a sample's.
+
+    A picture's ball reaches to its k-th nearest neighbour within its own set, and its surface belongs to it. Both arrays may
+    be memory maps; blocks of 10,000 vectors are computed on `device`. `progress` is told the number of pairs done,
+    `pair_count` in all. `radii`, of the reference and of the samples as `neighbour_radii` gives them, spares most of these.
+    Raises InputError below k + 1 vectors on a side, or for vectors that are not finite.
     """
-    reference_radii = torch.from_numpy(neighbour_radii(reference, k, progress))
-    sample_radii = torch.from_numpy(neighbour_radii(samples, k, progress))
-    sample_is_covered = torch.zeros(len(samples), dtype=torch.bool)
-    reference_is_covered = torch.zeros(len(reference), dtype=torch.bool)
-    for rows, columns, distances in _tiles(_vectors(reference), _vectors(samples)):
+    check_features(reference, samples)
+    for features in (reference, samples):
+        check_neighbours(features, k)
+    if radii is None:
+        reference_radii, sample_radii = (_radii(features, k, progress, device) for features in (reference, samples))
+    else:
+        reference_radii, sample_radii = (torch.from_numpy(each).to(device) for each in radii)
+    sample_is_covered = torch.zeros(len(samples), dtype=torch.bool, device=device)
+    reference_is_covered = torch.zeros(len(reference), dtype=torch.bool, device=device)
+    for rows, columns, distances in _tiles_between(reference, samples, device):
         sample_is_covered[columns] |= (distances <= reference_radii[rows, None]).any(dim=0)
         reference_is_covered[rows] |= (distances <= sample_radii[None, columns]).any(dim=1)
         if progress:
             progress(distances.numel())
-    return PrecisionRecall(float(sample_is_covered.double().mean()), float(reference_is_covered.double().mean()))
+    return Covered(sample_is_covered.cpu().numpy(), reference_is_covered.cpu().numpy())
 
 
+@full_precision()
 def neighbour_radii(
-    features: NDArray[np.float32], k: int = NEIGHBOURS, progress: Progress | None = None
+    features: NDArray[np.float32], k: int = NEIGHBOURS, progress: Progress | None = None, device: torch.device = _CPU
 ) -> NDArray[np.float32]:
     """Squared distance from each of `features` (N, D) to its k-th nearest neighbour. -> (N,) float32
 
-    The nearest of all is taken to be the vector itself, at distance zero, and is not counted. Raises as `precision_recall`.
+    The nearest of all is taken to be the vector itself, at distance zero, and is not counted. Raises as `covered`.
     """
-    if len(features) <= k:
-        raise InputError(f"{len(features)} pictures are too few to have {k} neighbours each; give at least {k + 1}.")
-    vectors = _vectors(features)
-    nearest = torch.full((len(features), k + 1), float("inf"))
-    for rows, _, distances in _tiles(vectors, vectors):
-        candidates = torch.cat((nearest[rows], distances), dim=1)  # (tile, k + 1 + block)
-        nearest[rows] = torch.topk(candidates, k + 1, dim=1, largest=False).values
-        if progress:
-            progress(distances.numel())
-    return nearest[:, k].numpy()
+    check_features(features, features)
+    check_neighbours(features, k)
+    return _radii(features, k, progress, device).cpu().numpy()
 
 
 def pair_count(reference_count: int, sample_count: int) -> int:
-    """The number of distances that `precision_recall` computes."""
+    """The number of distances that `covered` computes."""
     return reference_count**2 + sample_count**2 + reference_count * sample_count
+
+
+def _radii(features: NDArray[np.float32], k: int, progress: Progress | None, device: torch.device) -> Tensor:
+    nearest = torch.full((len(features), k + 1), float("inf"), device=device)
+    for rows, _, distances in _tiles_within(features, device):
+        merge_nearest(nearest, rows, distances)
+        if progress:
+            progress(distances.numel())
+    return nearest[:, k]
 
 
 @dataclass(frozen=True)
@@ -90,28 +126,76 @@ class _Side:
         return _Side(self.vectors[place], self.norms[place])
 
 
-def _tiles(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """All squared distances between two sets of vectors, as (rows, columns, float32 distances of these)."""
-    for row_block in _slices(0, len(rows), _BLOCK):
-        for column_block in _slices(0, len(columns), _BLOCK):
-            row_side, column_side = _half(rows[row_block]), _half(columns[column_block])
-            if not _finite_in_half(row_side, column_side):
-                row_side, column_side = _single(rows[row_block]), _single(columns[column_block])
-            for tile in _slices(row_block.start, row_block.stop, _TILE):
-                within = slice(tile.start - row_block.start, tile.stop - row_block.start)
-                yield tile, column_block, _distances(row_side.part(within), column_side).float()
+_Tile = tuple[slice, slice, Tensor]
+"""Rows, columns, and the float32 squared distances between them."""
 
 
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    for begin in range(start, stop, size):
-        yield slice(begin, min(begin + size, stop))
+def _tiles_between(rows: NDArray[np.float32], columns: NDArray[np.float32], device: torch.device) -> Iterator[_Tile]:
+    """All squared distances between two sets of vectors."""
+    for row_block in slices(0, len(rows), _BLOCK):
+        for column_block in slices(0, len(columns), _BLOCK):
+            sides = _sides(block_of(rows, row_block, device), block_of(columns, column_block, device))
+            yield from _tiles_of_block(*sides, row_block.start, column_block.start)
+
+
+def _tiles_within(features: NDArray[np.float32], device: torch.device) -> Iterator[_Tile]:
+    """All squared distances within one set of vectors, in both directions, from half of the products."""
+    for first in slices(0, len(features), _BLOCK):
+        for second in slices(first.start, len(features), _BLOCK):
+            rows, columns = block_of(features, first, device), block_of(features, second, device)
+            forward = _sides(rows, columns)
+            backward = forward if first == second else _sides(columns, rows)
+            if forward[0].norms.dtype == backward[0].norms.dtype:
+                yield from _tiles_of_both_directions(*forward, first.start, second.start)
+            else:
+                yield from _tiles_of_block(*forward, first.start, second.start)
+                yield from _tiles_of_block(*backward, second.start, first.start)
+
+
+def _tiles_of_block(rows: _Side, columns: _Side, row_start: int, column_start: int) -> Iterator[_Tile]:
+    for tile in slices(0, len(rows.norms), _TILE):
+        for other in slices(0, len(columns.norms), _TILE):
+            distances = _distances(rows.part(tile), columns.part(other)).float()
+            yield _moved(tile, row_start), _moved(other, column_start), distances
+
+
+def _tiles_of_both_directions(rows: _Side, columns: _Side, row_start: int, column_start: int) -> Iterator[_Tile]:
+    """Distances from rows to columns and from columns to rows; each once where both are one block."""
+    for tile in slices(0, len(rows.norms), _TILE):
+        for other in slices(tile.start if row_start == column_start else 0, len(columns.norms), _TILE):
+            here, there = rows.part(tile), columns.part(other)
+            products = _products(here, there)
+            places = _moved(tile, row_start), _moved(other, column_start)
+            # The sums are made for each direction: (|u|^2 - 2 u.v) + |v|^2 rounds otherwise than (|v|^2 - 2 u.v) + |u|^2.
+            yield *places, _sums(here.norms, products, there.norms).float()
+            if places[0] != places[1]:
+                yield *places[::-1], _sums(there.norms, products.T.contiguous(), here.norms).float()
+
+
+def _moved(place: slice, offset: int) -> slice:
+    return slice(place.start + offset, place.stop + offset)
 
 
 def _distances(rows: _Side, columns: _Side) -> Tensor:
-    """|u|^2 - 2 u.v + |v|^2, at least 0, every operation rounded to the precision of the norms. -> (N, M)"""
+    """Squared distances, at least 0, every operation rounded to the precision of the norms. -> (N, M)"""
+    return _sums(rows.norms, _products(rows, columns), columns.norms)
+
+
+def _products(rows: _Side, columns: _Side) -> Tensor:
+    """2 u.v, rounded to the precision of the norms. -> (N, M)"""
     # TensorFlow sums half-precision products in float32 and rounds once, which is also many times faster here.
-    products = (rows.vectors @ columns.vectors.T).to(rows.norms.dtype)
-    return (rows.norms[:, None] - 2 * products + columns.norms[None, :]).clamp(min=0)
+    return (rows.vectors @ columns.vectors.T).to(rows.norms.dtype).mul_(2)
+
+
+def _sums(row_norms: Tensor, products: Tensor, column_norms: Tensor) -> Tensor:
+    """|u|^2 - 2 u.v + |v|^2. -> (N, M)"""
+    return (row_norms[:, None] - products).add_(column_norms).clamp_(min=0)
+
+
+def _sides(rows: Tensor, columns: Tensor) -> tuple[_Side, _Side]:
+    """The two sides of a block, in half precision where all its distances are finite in it."""
+    half = _half(rows), _half(columns)
+    return half if _finite_in_half(*half) else (_single(rows), _single(columns))
 
 
 def _finite_in_half(rows: _Side, columns: _Side) -> bool:
@@ -121,7 +205,7 @@ def _finite_in_half(rows: _Side, columns: _Side) -> bool:
     # No distance and no step on the way to it exceeds (|u| + |v|)^2, but for rounding: mostly nothing need be computed.
     if (largest_row**0.5 + largest_column**0.5) ** 2 < 0.9 * _HALF_LARGEST:
         return True
-    return all(bool(torch.isfinite(_distances(rows.part(tile), columns)).all()) for tile in _slices(0, len(rows.norms), _TILE))
+    return all(bool(torch.isfinite(_distances(rows.part(tile), columns)).all()) for tile in slices(0, len(rows.norms), _TILE))
 
 
 def _half(vectors: Tensor) -> _Side:
@@ -154,10 +238,3 @@ def _sum_in_half(terms: Tensor) -> Tensor:
     for place in range(lanes, dimension):
         remainder = remainder + terms[:, place]
     return remainder + lane_sums.float().sum(dim=1).half()
-
-
-def _vectors(features: NDArray[np.float32]) -> Tensor:
-    vectors = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
-    if not all(bool(torch.isfinite(vectors[place]).all()) for place in _slices(0, len(vectors), _BLOCK)):
-        raise InputError("the features hold numbers that are not finite; check the network's weights file.")
-    return vectors

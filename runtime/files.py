@@ -6,15 +6,20 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from runtime.config import InputError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_EARLIEST = (1980, 1, 1, 0, 0, 0)
+"""Zip members carry a time; a fixed one keeps equal contents equal files."""
 
 
 @contextmanager
@@ -77,6 +82,25 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def stream_npz(
+    path: str | os.PathLike[str], shape: tuple[int, ...], pieces: Iterable[bytes], others: Mapping[str, np.ndarray]
+) -> None:
+    """Writes an npz atomically: `arr_0`, uint8 of `shape`, from the bytes of `pieces` as they come; then the arrays `others`.
+
+    `arr_0` is left out where `shape` begins with 0. Equal content makes equal files. Memory does not grow with `shape`.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        if shape[0]:
+            with archive.open(zipfile.ZipInfo("arr_0.npy", _EARLIEST), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces:
+                    member.write(piece)
+        for name, array in others.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", _EARLIEST), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

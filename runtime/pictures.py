@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from runtime.config import InputError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, stream_npz
 
 THREADS = 4
-EARLIEST = (1980, 1, 1, 0, 0, 0)
-"""Zip members carry a time; a fixed one keeps equal samples equal files."""
 
 
 def picture_path(folder: Path, index: int) -> Path:
@@ -57,21 +55,17 @@ class PictureWriter:
             Image.fromarray(picture).save(temporary, format="png", compress_level=1)
 
 
-def pack_pictures(folder: Path, count: int, size: tuple[int, int], target: Path) -> None:
+def pack_pictures(
+    folder: Path, count: int, size: tuple[int, int], target: Path, labels: NDArray[np.int64] | None = None
+) -> None:
     """Packs pictures 0 .. count - 1 of a folder into `target`: an npz with `arr_0`, (count, H, W, 3) uint8.
 
-    Reads and writes one picture at a time; what stands in memory does not depend on `count`. InputError names a picture
-    that is missing or damaged.
+    `labels` (count,) become `arr_1`, as in ADM's batches; the evaluator's table of classes needs them. Reads and writes one
+    picture at a time; what stands in memory does not depend on the pictures. InputError names a picture that is missing or
+    damaged.
     """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
-    with (
-        atomic_write(target) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        archive.open(zipfile.ZipInfo("arr_0.npy", EARLIEST), "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, header)
-        for picture in tqdm(_read_ahead(folder, count, size), "pack", count, unit=" pictures", dynamic_ncols=True):
-            member.write(picture)
+    pictures = tqdm(_read_ahead(folder, count, size), "pack", count, unit=" pictures", dynamic_ncols=True)
+    stream_npz(target, (count, *size, 3), pictures, {} if labels is None else {"arr_1": labels})
 
 
 def _read_ahead(folder: Path, count: int, size: tuple[int, int]) -> Iterator[bytes]:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from golden_files import GOLDEN, adm_folders, keys, label, npz_files
 
-import evaluator
 from metrics import precision_recall as precision_recall_module
+from metrics.features import Features, extract
 from metrics.frechet import frechet_distance, statistics_of
 from metrics.inception_score import inception_score
-from metrics.networks import TensorFlowInception, inception_graph
+from metrics.networks import FeatureNetwork, open_network
 from metrics.pictures import open_batch
 from metrics.precision_recall import neighbour_radii, precision_recall
+from metrics.scores import Scores, score
 
 FEATURE_KEYS = {"ref", "samples", "ref_radii", "sample_radii", "precision", "recall", "frechet"}
 ACTIVATION_KEYS = {"ref_pool", "ref_spatial", "sample_pool", "sample_spatial"}
+BACKENDS = ("torch", "tensorflow")
 TOLERANCES = {"fid": 1e-3, "sfid": 1e-3, "inception_score": 1e-3, "precision": 3e-3, "recall": 3e-3}
 
 ADM_FOLDERS = [pytest.param(folder, id=label(folder)) for folder in adm_folders()]
@@ -33,36 +39,49 @@ ACTIVATION_FILES = [pytest.param(file, id=label(file)) for file in ADM_FILES if 
 class AdmRun:
     """One golden folder put through its graph."""
 
-    network: TensorFlowInception
-    reference: evaluator.Features
-    samples: evaluator.Features
-    scores: evaluator.Scores
+    network: FeatureNetwork
+    reference: Features
+    samples: Features
+    scores: Scores
 
 
 @cache
-def adm_run(folder: Path) -> AdmRun:
+def feature_cache() -> Path:
+    """A folder for features that goes with the process."""
+    place = Path(tempfile.mkdtemp(prefix="golden-features-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+@cache
+def adm_run(folder: Path, backend: str = "torch") -> AdmRun:
     """Cached: the graph runs once over its pictures, however many tests look at the result."""
-    pytest.importorskip("tensorflow", reason="the ADM vectors need TensorFlow: pip install -e .[evaluator]")
-    network = TensorFlowInception(inception_graph(folder))
-    reference = evaluator.extract(open_batch(folder / "ref.npz"), network, 64, "reference")
-    samples = evaluator.extract(open_batch(folder / "samples.npz"), network, 64, "samples")
-    return AdmRun(network, reference, samples, evaluator.score(reference, samples, network.head))
+    if backend == "tensorflow":
+        pytest.importorskip("tensorflow", reason="the cross-check needs TensorFlow: pip install -e .[tensorflow]")
+    network = open_network("adm", str(folder), None, backend, torch.device("cpu"))
+    reference, samples = (
+        extract(open_batch(folder / name), network, feature_cache(), 64, name) for name in ("ref.npz", "samples.npz")
+    )
+    scores = score(reference, samples, network.head, tuple(TOLERANCES), 0, torch.device("cpu"))
+    return AdmRun(network, reference, samples, scores)
 
 
 def expected_scores(folder: Path) -> dict[str, float | None]:
     return json.loads((folder / "expected.json").read_text())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", ADM_FOLDERS)
 @pytest.mark.parametrize("name", TOLERANCES)
-def test_adm_scores(folder: Path, name: str) -> None:
-    ours, reference = getattr(adm_run(folder).scores, name), expected_scores(folder)[name]
+def test_adm_scores(folder: Path, name: str, backend: str) -> None:
+    ours, reference = adm_run(folder, backend).scores.values[name], expected_scores(folder)[name]
     assert ours == (None if reference is None else pytest.approx(reference, rel=TOLERANCES[name], abs=0))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("file", ACTIVATION_FILES)
-def test_adm_activations(file: Path) -> None:
-    network = adm_run(file.parent).network
+def test_adm_activations(file: Path, backend: str) -> None:
+    network = adm_run(file.parent, backend).network
     with np.load(file) as expected:
         for role, batch in (("ref", "ref.npz"), ("sample", "samples.npz")):
             count = len(expected[f"{role}_pool"])
@@ -70,6 +89,20 @@ def test_adm_activations(file: Path) -> None:
             for kind, ours in zip(("pool", "spatial"), network.activations(pictures), strict=True):
                 reference = expected[f"{role}_{kind}"]
                 assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("folder", ADM_FOLDERS)
+def test_both_backends_agree(folder: Path) -> None:
+    ours, theirs = (adm_run(folder, backend) for backend in BACKENDS)
+    assert (ours.network.sha256, ours.network.name) == (theirs.network.sha256, theirs.network.name)
+    np.testing.assert_array_equal(ours.network.head, theirs.network.head)
+    for side, other in ((ours.reference, theirs.reference), (ours.samples, theirs.samples)):
+        assert side.pool is not other.pool
+        assert np.abs(side.pool - other.pool).max() <= 1e-4 * np.abs(other.pool).max()
+        for mine, its in ((side.pool_statistics, other.pool_statistics), (side.spatial_statistics, other.spatial_statistics)):
+            assert np.abs(mine.covariance - its.covariance).max() <= 1e-4 * np.abs(its.covariance).max()
+    for name, tolerance in TOLERANCES.items():
+        assert ours.scores.values[name] == pytest.approx(theirs.scores.values[name], rel=tolerance)
 
 
 @pytest.mark.parametrize("file", FEATURE_FILES)

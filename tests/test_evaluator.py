@@ -3,84 +3,42 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tracemalloc
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_runs import NAMES, SmallNetwork, random_pictures, refused, scores_in, write_small_graph
 from PIL import Image
+from small_runs import ROOT, Result, call, run, succeed, torchrun
 
 import evaluator
 from metrics.frechet import frechet_distance, statistics_of
 from metrics.inception_score import inception_score
-from metrics.networks import GraphFile
-from metrics.pictures import open_batch
+from metrics.networks import description
 from metrics.precision_recall import precision_recall
-from runtime.config import InputError, run_script
+from runtime.files import sha256
 
-ROOT = Path(__file__).resolve().parents[1]
-GRAPH = GraphFile(Path("graph.pb"), "5" * 64)
-
-
-class SmallNetwork:
-    """Mean colours of the four quarters as pool features (12), the first row's pixels as spatial ones."""
-
-    name, backend = "quarters", "NumPy"
-    head = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
-
-    def __init__(self, graph: GraphFile = GRAPH) -> None:
-        self.sha256 = graph.sha256
-
-    def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        count, height, width, _ = pictures.shape
-        quarters = pictures.reshape(count, 2, height // 2, 2, width // 2, 3).mean(axis=(2, 4)) / 16
-        return quarters.reshape(count, -1).astype(np.float32), pictures[:, 0, :4].reshape(count, -1).astype(np.float32)
-
-
-def random_pictures(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    base = generator.integers(20, 200, (count, 1, 1, 3))
-    return (base + generator.integers(0, 50, (count, side, side, 3))).astype(np.uint8)
+ADM = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs the command in this process, with the small network."""
-    monkeypatch.setattr(evaluator, "require_tensorflow", lambda: None)
-    monkeypatch.setattr(evaluator, "inception_graph", lambda path, pinned: GRAPH)
-    monkeypatch.setattr(evaluator, "TensorFlowInception", SmallNetwork)
-
-    def command(*words: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, words)])
-        evaluator.main()
-
-    return command
+    monkeypatch.setattr(evaluator, "open_network", lambda *arguments: SmallNetwork())
+    return lambda *words: succeed("evaluator", *words)
 
 
 @pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs the command, expects exit code 2 and one line before the network is touched, and returns the line."""
 
     def too_late(*arguments: object) -> None:
         raise AssertionError("the network was reached")
 
-    for name in ("require_tensorflow", "inception_graph", "TensorFlowInception"):
-        monkeypatch.setattr(evaluator, name, too_late)
-
-    def command(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            run_script(evaluator.main)
-        assert stopped.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1
-        assert lines[0].startswith("evaluator.py: error: ")
-        return lines[0]
-
-    return command
+    monkeypatch.setattr(evaluator, "open_network", too_late)
+    return lambda *words: refused(call("evaluator", *words))
 
 
 @pytest.fixture
@@ -102,69 +60,65 @@ def direct_scores(reference: np.ndarray, samples: np.ndarray) -> dict[str, float
     }
 
 
-def scores_in(path: Path) -> dict[str, float | None]:
-    record = json.loads(path.read_text())
-    return {name: record[name] for name in ("fid", "sfid", "inception_score", "precision", "recall")}
-
-
-def test_both_ways_to_name_the_batches(
-    run: Callable[..., None], batches: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_ways_to_name_the_batches(evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path) -> None:
     reference, samples = batches
-    run("--ref_batch", reference, "--sample_batch", samples, "--json", tmp_path / "new" / "flags.json", "--batch-size", 16)
-    screen = capsys.readouterr()
-    run(reference, samples, "--json", tmp_path / "plain.json")
+    ended = evaluate(
+        "--ref_batch", reference, "--sample_batch", samples, "--json", tmp_path / "new" / "flags.json", "--batch-size", 16
+    )
+    evaluate(reference, samples, "--json", tmp_path / "plain.json")
     expected = direct_scores(random_pictures(70, seed=0), random_pictures(50, seed=1))
     for name in ("new/flags.json", "plain.json"):
-        assert scores_in(tmp_path / name) == pytest.approx(expected, rel=1e-6)
+        assert scores_in(tmp_path / name, ADM) == pytest.approx(expected, rel=1e-6)
     # The known-bad variant: the batches exchanged.
-    run(samples, reference, "--json", tmp_path / "exchanged.json")
-    assert scores_in(tmp_path / "exchanged.json") != pytest.approx(expected, rel=1e-2)
+    evaluate(samples, reference, "--json", tmp_path / "exchanged.json")
+    assert scores_in(tmp_path / "exchanged.json", ADM) != pytest.approx(expected, rel=1e-2)
 
     record = json.loads((tmp_path / "plain.json").read_text())
-    assert record["network"] == {"name": "quarters", "backend": "NumPy", "sha256": GRAPH.sha256}
+    assert record["network"] == description(SmallNetwork())
     assert (record["reference"]["count"], record["samples"]["count"]) == (70, 50)
-    for text in ("FID", "sFID", "Inception Score", "Precision", "Recall", GRAPH.sha256, f"{expected['fid']:.4f}"):
-        assert text in screen.out
-    assert "FID: the sample batch holds 50 pictures, too few for a covariance over 2,048" in screen.err
+    assert [record[role]["sha256"] for role in ("reference", "samples")] == [sha256(file) for file in batches]
+    for text in ("FID", "sFID", "Inception Score", "Precision", "Recall", "KID", "Density", "Coverage", SmallNetwork.sha256):
+        assert text in ended.out
+    assert f"{expected['fid']:.4f}" in ended.out
 
 
-def test_folders_of_pngs_give_the_same_scores(run: Callable[..., None], batches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_folders_of_pngs_give_the_same_scores(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path
+) -> None:
     (tmp_path / "folder").mkdir()
     for index, picture in enumerate(random_pictures(50, seed=1)):
         Image.fromarray(picture).save(tmp_path / "folder" / f"{index}.png")
     (tmp_path / "folder" / "protocol.json").write_text('{"cfg_scale": 1.5, "seed": 0}')
-    run(batches[0], batches[1], "--json", tmp_path / "npz.json")
-    run(batches[0], tmp_path / "folder", "--json", tmp_path / "png.json")
+    evaluate(batches[0], batches[1], "--json", tmp_path / "npz.json")
+    evaluate(batches[0], tmp_path / "folder", "--json", tmp_path / "png.json")
     assert scores_in(tmp_path / "png.json") == pytest.approx(scores_in(tmp_path / "npz.json"), rel=1e-9)
     assert json.loads((tmp_path / "png.json").read_text())["protocol"] == {"cfg_scale": 1.5, "seed": 0}
 
 
 @pytest.mark.parametrize("name", ["samples.json", "samples.npz.json", "protocol.json"])
 def test_protocol_record_beside_the_file(
-    run: Callable[..., None], batches: tuple[Path, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_text('{"sampler": "ddpm", "labels": [1, 2]}')
-    run(*batches)
-    screen = capsys.readouterr().out
+    screen = evaluate(*batches).out
     assert "sampler: ddpm" in screen
     assert "labels: [1, 2]" in screen
 
 
 def test_statistics_in_the_file_replace_computed_ones(
-    run: Callable[..., None], batches: tuple[Path, Path], tmp_path: Path
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path
 ) -> None:
     reference, samples = random_pictures(70, seed=0), random_pictures(50, seed=1)
     other = [statistics_of(features) for features in SmallNetwork().activations(random_pictures(300, seed=2))]
     arrays = {"mu": other[0].mean, "sigma": other[0].covariance, "mu_s": other[1].mean, "sigma_s": other[1].covariance}
     np.savez(tmp_path / "with.npz", arr_0=reference, **arrays)
-    run(tmp_path / "with.npz", batches[1], "--json", tmp_path / "scores.json")
+    evaluate(tmp_path / "with.npz", batches[1], "--json", tmp_path / "scores.json")
     expected = direct_scores(reference, samples) | {
         name: direct_scores(random_pictures(300, seed=2), samples)[name] for name in ("fid", "sfid")
     }
-    assert scores_in(tmp_path / "scores.json") == pytest.approx(expected, rel=1e-6)
+    assert scores_in(tmp_path / "scores.json", ADM) == pytest.approx(expected, rel=1e-6)
     # The known-bad variant: statistics of the pictures although the file brings its own.
-    assert scores_in(tmp_path / "scores.json") != pytest.approx(direct_scores(reference, samples), rel=1e-3)
+    assert scores_in(tmp_path / "scores.json", ADM) != pytest.approx(direct_scores(reference, samples), rel=1e-3)
 
 
 def assert_scores(path: Path, expected: dict[str, float], absent: set[str]) -> None:
@@ -176,28 +130,110 @@ def assert_scores(path: Path, expected: dict[str, float], absent: set[str]) -> N
         assert ours[name] == pytest.approx(expected[name], rel=1e-6)
 
 
-def test_a_reference_of_statistics_alone(
-    run: Callable[..., None], batches: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_reference_of_statistics_alone(evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path) -> None:
     pool, spatial = (statistics_of(features) for features in SmallNetwork().activations(random_pictures(70, seed=0)))
     np.savez(tmp_path / "alone.npz", mu=pool.mean, sigma=pool.covariance, mu_s=spatial.mean, sigma_s=spatial.covariance)
     np.savez(tmp_path / "pool_alone.npz", mu=pool.mean, sigma=pool.covariance)
     expected = direct_scores(random_pictures(70, seed=0), random_pictures(50, seed=1))
-    run(tmp_path / "alone.npz", batches[1], "--json", tmp_path / "scores.json")
-    assert_scores(tmp_path / "scores.json", expected, absent={"precision", "recall"})
-    assert "Precision        not computed: the reference batch holds statistics alone" in capsys.readouterr().out
-    run(tmp_path / "pool_alone.npz", batches[1], "--json", tmp_path / "scores.json")
-    assert_scores(tmp_path / "scores.json", expected, absent={"sfid", "precision", "recall"})
-    assert "sFID             not computed: a batch holds neither pictures nor mu_s and sigma_s" in capsys.readouterr().out
+    ended = evaluate(tmp_path / "alone.npz", batches[1], "--json", tmp_path / "scores.json")
+    of_pictures = set(NAMES) - {"fid", "sfid", "inception_score"}
+    assert_scores(tmp_path / "scores.json", expected, absent=of_pictures)
+    assert "Precision        not computed: the reference batch holds statistics alone" in ended.out
+    ended = evaluate(tmp_path / "pool_alone.npz", batches[1], "--json", tmp_path / "scores.json")
+    assert_scores(tmp_path / "scores.json", expected, absent=of_pictures | {"sfid"})
+    assert "sFID             not computed: a batch holds neither pictures nor mu_s and sigma_s" in ended.out
 
 
-def test_two_batches_of_statistics_need_no_network(refuse: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_two_batches_of_statistics_need_no_network(refuse: Callable[..., str], tmp_path: Path) -> None:
     for name, mean in (("first", 0.0), ("second", 2.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(4, mean), sigma=np.eye(4))
-    words = [tmp_path / "first.npz", tmp_path / "second.npz", "--json", tmp_path / "scores.json"]
-    monkeypatch.setattr(sys, "argv", ["evaluator.py", *map(str, words)])
-    evaluator.main()
+    succeed("evaluator", tmp_path / "first.npz", tmp_path / "second.npz", "--json", tmp_path / "scores.json")
     assert scores_in(tmp_path / "scores.json")["fid"] == pytest.approx(16)
+
+
+@pytest.mark.parametrize("stamp", [{"name": "another"}, {"sha256": "6" * 64}, {"protocol": "another size"}])
+def test_statistics_of_another_network_are_not_used(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path, stamp: dict[str, str]
+) -> None:
+    other = [statistics_of(features) for features in SmallNetwork().activations(random_pictures(300, seed=2))]
+    network = json.dumps(description(SmallNetwork()) | stamp)
+    of_other = {"mu": other[0].mean, "sigma": other[0].covariance, "mu_s": other[1].mean, "sigma_s": other[1].covariance}
+    np.savez(tmp_path / "both.npz", arr_0=random_pictures(70, seed=0), network=network, **of_other)
+    np.savez(tmp_path / "alone.npz", network=network, **of_other)
+    ended = evaluate(tmp_path / "both.npz", batches[1], "--json", tmp_path / "scores.json")
+    expected = direct_scores(random_pictures(70, seed=0), random_pictures(50, seed=1))
+    assert scores_in(tmp_path / "scores.json", ADM) == pytest.approx(expected, rel=1e-6)
+    assert "so the statistics were computed anew" in ended.out
+    sentence = refused(call("evaluator", tmp_path / "alone.npz", batches[1]))
+    assert re.search("alone.npz holds statistics of .* alone, which do not compare with ADM stand-in", sentence)
+
+
+def test_statistics_without_a_name_are_adms(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published references do not say what made them: another network must not be compared with them."""
+    np.savez(tmp_path / "published.npz", mu=np.zeros(12), sigma=np.eye(12))
+    evaluate(tmp_path / "published.npz", batches[1])
+    monkeypatch.setattr(SmallNetwork, "name", "another Inception")
+    assert "the file does not say so" in refused(call("evaluator", tmp_path / "published.npz", batches[1]))
+
+
+def test_a_chosen_score_alone_is_computed(evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path) -> None:
+    evaluate(*batches, "--metrics", "sfid,precision", "--json", tmp_path / "some.json")
+    expected = direct_scores(random_pictures(70, seed=0), random_pictures(50, seed=1))
+    assert scores_in(tmp_path / "some.json") == pytest.approx({key: expected[key] for key in ("sfid", "precision")})
+
+
+def test_intervals_stand_with_the_scores(evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path) -> None:
+    ended = evaluate(*batches, "--bootstrap", 20, "--json", tmp_path / "scores.json")
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert {"fid", "inception_score", "precision", "recall", "density", "coverage"} <= set(record["intervals"])
+    for name, (low, high) in record["intervals"].items():
+        assert low <= record[name] <= high
+        assert low < high or record[name] == 1
+    assert ended.out.count("95 % interval") == len(record["intervals"])
+
+
+def test_a_second_evaluation_runs_no_network(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(self: SmallNetwork, pictures: np.ndarray) -> None:
+        raise AssertionError("the network ran")
+
+    evaluate(*batches, "--json", tmp_path / "first.json")
+    monkeypatch.setattr(SmallNetwork, "activations", too_late)
+    ended = evaluate(*batches, "--json", tmp_path / "second.json")
+    assert scores_in(tmp_path / "first.json") == scores_in(tmp_path / "second.json")
+    assert ended.out.count("features found in") == 2
+    # The known-bad variant: features found by their place alone, whatever network computed them.
+    monkeypatch.setattr(SmallNetwork, "sha256", "6" * 64)
+    with pytest.raises(AssertionError, match="the network ran"):
+        call("evaluator", *batches)
+
+
+def test_the_report_shows_what_was_evaluated(evaluate: Callable[..., Result], tmp_path: Path) -> None:
+    for name, count in (("reference", 70), ("samples", 50)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_pictures(count, seed=count), arr_1=np.arange(count) % 5)
+    batches = tmp_path / "reference.npz", tmp_path / "samples.npz"
+    evaluate(*batches, "--json", tmp_path / "earlier.json")
+    ended = evaluate(
+        *batches, "--json", tmp_path / "s.json", "--report", tmp_path / "report", "--compare", tmp_path / "earlier.json"
+    )
+    assert f"report: {tmp_path / 'report' / 'index.html'}" in ended.out
+    text = (tmp_path / "report" / "index.html").read_text()
+    for part in ("Nearest real", SmallNetwork.sha256, f"{scores_in(tmp_path / 's.json')['fid']:.2f}", "class"):
+        assert part in text
+    for name in ("grid.png", "neighbours.png"):
+        assert np.asarray(Image.open(tmp_path / "report" / name)).std() > 0
+
+
+def test_a_report_without_pictures_of_the_reference(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "alone.npz", mu=np.zeros(12), sigma=np.eye(12))
+    evaluate(tmp_path / "alone.npz", batches[1], "--report", tmp_path / "report")
+    assert (tmp_path / "report" / "grid.png").exists()
+    assert not (tmp_path / "report" / "neighbours.png").exists()
 
 
 def test_bad_input_is_one_sentence_before_the_network(
@@ -235,88 +271,93 @@ def test_bad_command_lines(refuse: Callable[..., str], batches: tuple[Path, Path
     assert "not both ways" in refuse(reference, samples, "--ref_batch", reference)
     assert "--batch-size must be at least 1" in refuse(reference, samples, "--batch-size", 0)
     assert "is a folder; name a file" in refuse(reference, samples, "--json", tmp_path)
-    assert "its folder cannot be made" in refuse(reference, samples, "--json", samples / "inside" / "scores.json")
+    assert "--json: " in refuse(reference, samples, "--json", samples / "inside" / "scores.json")
+    assert "--report: " in refuse(reference, samples, "--report", samples / "inside")
     assert "did you mean '--json'" in refuse(reference, samples, "--jsn", "scores.json")
+    assert "choose from adm, torch-fidelity" in refuse(reference, samples, "--network", "inception")
+    assert "--backend tensorflow runs ADM's" in refuse(
+        reference, samples, "--network", "pytorch-fid", "--backend", "tensorflow"
+    )
+    assert "adm gives no score 'fdd'; did you mean 'fid'" in refuse(reference, samples, "--metrics", "fdd")
+    assert "--bootstrap must be" in refuse(reference, samples, "--bootstrap", 1)
+    assert "name its folder with --report" in refuse(reference, samples, "--compare", samples)
+    assert "cannot be read as scores" in refuse(reference, samples, "--report", tmp_path / "r", "--compare", samples)
+    (tmp_path / "odd.json").write_text("[1]")
+    assert "odd.json holds no scores" in refuse(
+        reference, samples, "--report", tmp_path / "r", "--compare", tmp_path / "odd.json"
+    )
     (tmp_path / "samples.json").write_text("{broken")
     assert "cannot be read as the samples' protocol record" in refuse(reference, samples)
     (tmp_path / "samples.json").write_text("[1]")
     assert "is no protocol record" in refuse(reference, samples)
 
 
-def test_features_that_are_not_finite(batches: tuple[Path, Path]) -> None:
-    class Broken(SmallNetwork):
-        def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            pool, spatial = super().activations(pictures)
-            return pool * np.nan, spatial
-
-    with pytest.raises(InputError, match="not finite"):
-        evaluator.extract(open_batch(batches[0]), Broken(), 64, "reference")
-
-
-def peak_of_extraction(path: Path, network: SmallNetwork) -> int:
-    batch = open_batch(path)
-    tracemalloc.start()
-    try:
-        evaluator.extract(batch, network, 64, "samples")
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_memory_does_not_grow_with_the_count(tmp_path: Path) -> None:
-    class Hoarding(SmallNetwork):
-        """The known-bad variant: something holds on to every batch."""
-
-        def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            self.kept = [*getattr(self, "kept", []), pictures.copy()]
-            return super().activations(pictures)
-
-    for count in (700, 3_000):
-        np.savez(tmp_path / f"{count}.npz", arr_0=np.zeros((count, 32, 32, 3), np.uint8))
-    small = peak_of_extraction(tmp_path / "700.npz", SmallNetwork())
-    assert peak_of_extraction(tmp_path / "3000.npz", SmallNetwork()) - small < 500_000  # of 7 MB more; features take 0.2
-    assert peak_of_extraction(tmp_path / "3000.npz", Hoarding()) - small > 5_000_000
+def test_wrong_weights_are_one_sentence(batches: tuple[Path, Path], tmp_path: Path) -> None:
+    graph = write_small_graph(tmp_path)
+    content = graph.read_bytes()
+    (tmp_path / "cut.pb").write_bytes(content[: len(content) // 2])
+    (tmp_path / "renamed.pb").write_bytes(content.replace(b"pool_3", b"pool_4"))
+    (tmp_path / "strange.pb").write_bytes(content.replace(b"AvgPool", b"AvgWhat"))
+    for name, message in {
+        "missing.pb": "no such file",
+        "cut.pb": "cut short",
+        "renamed.pb": "pool_3",
+        "strange.pb": "AvgWhat",
+    }.items():
+        sentence = refused(call("evaluator", *batches, "--weights", tmp_path / name))
+        assert message in sentence
+        assert name in sentence
+    assert "not the pinned" in refused(call("evaluator", *batches, "--weights", graph, "--weights-sha256", "0" * 64))
+    assert "--weights" in refused(call("evaluator", *batches, "--network", "torch-fidelity"))
 
 
-def write_small_graph(folder: Path) -> None:
-    """A graph with ADM's node names that takes a moment to run: 6 pool numbers, 3 x 3 spatial positions of 8 channels."""
-    tensorflow = pytest.importorskip("tensorflow")
-    v1, generator = tensorflow.compat.v1, np.random.default_rng(0)
-    with tensorflow.Graph().as_default() as graph:
-        tensorflow.expand_dims(v1.placeholder(tensorflow.float32, (None, None, 3)), 0, name="ExpandDims")
-        picture = v1.image.resize_bilinear(graph.get_tensor_by_name("ExpandDims:0"), (9, 9)) / 128.0
-        weights = generator.standard_normal((3, 3, 3, 8)).astype(np.float32)
-        spatial = tensorflow.nn.conv2d(picture, weights, 3, "VALID", name="mixed_6/conv")
-        weights = generator.standard_normal((1, 1, 8, 6)).astype(np.float32)
-        pool = tensorflow.nn.avg_pool2d(tensorflow.nn.conv2d(spatial, weights, 1, "VALID"), 3, 3, "VALID", name="pool_3")
-        head = generator.standard_normal((6, 10)).astype(np.float32)
-        tensorflow.matmul(tensorflow.reshape(pool, (-1, 6)), head, name="softmax/logits/MatMul")
-        (folder / "classify_image_graph_def.pb").write_bytes(graph.as_graph_def().SerializeToString())
+def test_weights_that_give_nan_are_one_sentence(batches: tuple[Path, Path], tmp_path: Path) -> None:
+    graph = write_small_graph(tmp_path)
+    value = np.float32(1 / 128).tobytes()
+    assert value in graph.read_bytes()
+    graph.write_bytes(graph.read_bytes().replace(value, np.float32(np.nan).tobytes()))
+    result = call("evaluator", *batches, "--weights", graph)
+    assert result.code == 2
+    assert re.search(r"error: .*reference\.npz.* not finite", result.err)
 
 
-def command_line(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "evaluator.py"), *map(str, words)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_with_tensorflow(batches: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["torch", "tensorflow"])
+def test_the_command(batches: tuple[Path, Path], tmp_path: Path, backend: str) -> None:
+    if backend == "tensorflow":
+        pytest.importorskip("tensorflow")
     write_small_graph(tmp_path)
-    done = command_line(
-        tmp_path, "--ref_batch", "reference.npz", "--sample_batch", "samples.npz", "--inception", ".", "--json", "s.json"
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["--ref_batch", "reference.npz", "--sample_batch", "samples.npz", "--inception", ".", "--json", "s.json"]
+    done = run([ROOT / "evaluator.py", *words, "--backend", backend], tmp_path, timeout=120)
+    assert done.code == 0, done.err
     assert all(value is not None and np.isfinite(value) for value in scores_in(tmp_path / "s.json").values())
-    # Nothing on the error stream but progress bars and our own warnings: TensorFlow's messages are kept away.
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    strange = [
-        line for line in lines if not line.startswith(("warning: ", "reference: ", "samples: ", "precision and recall: "))
-    ]
-    assert not strange
+    assert json.loads((tmp_path / "s.json").read_text())["network"]["backend"].lower() == f"{backend} float32".replace(
+        "torch", "pytorch"
+    )
+    # Nothing on the error stream but progress bars: TensorFlow's messages are kept away.
+    lines = [line for line in done.err.replace("\r", "\n").splitlines() if line.strip()]
+    bars = ("reference: ", "samples: ", "precision and recall: ", "kernel distance: ", "density and coverage: ")
+    assert not [line for line in lines if not line.startswith(bars)]
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    """2,100 pictures are three blocks, dealt to two processes."""
+    for name, count in (("reference", 2_100), ("samples", 1_200)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_pictures(count, seed=count))
+    write_small_graph(tmp_path)
+    words = ["reference.npz", "samples.npz", "--weights", ".", "--metrics", "fid,sfid,inception_score,precision"]
+    alone = run([ROOT / "evaluator.py", *words, "--cache", "one", "--json", "one.json"], tmp_path, timeout=120)
+    pair = run(torchrun(2, ROOT / "evaluator.py", *words, "--cache", "two", "--json", "two.json"), tmp_path, timeout=120)
+    assert alone.code == 0, alone.err
+    assert pair.code == 0, pair.err
+    assert scores_in(tmp_path / "one.json") == scores_in(tmp_path / "two.json")
+    assert pair.out.count("Inception Score") == 1
+    one, two = (next((tmp_path / place).glob("*/pool.npy")).read_bytes() for place in ("one", "two"))
+    assert one == two
 
 
 def test_the_command_on_bad_input(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("some words")
-    done = command_line(tmp_path, "text.npz", "text.npz")
-    assert done.returncode == 2
-    assert done.stderr.startswith("evaluator.py: error: text.npz is not a readable npz file")
-    assert len(done.stderr.splitlines()) == 1
+    done = run([ROOT / "evaluator.py", "text.npz", "text.npz"], tmp_path)
+    assert done.code == 2
+    assert done.err.startswith("evaluator.py: error: text.npz is not a readable npz file")
+    assert len(done.err.splitlines()) == 1

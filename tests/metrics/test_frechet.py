@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from metrics.frechet import MeanAndCovariance, Statistics, frechet_distance, statistics_of
+from metrics import frechet as module
+from metrics.frechet import (
+    MeanAndCovariance,
+    Statistics,
+    factor_of,
+    frechet,
+    frechet_distance,
+    frechet_of_few,
+    statistics_of,
+)
 from runtime.config import InputError
 
 
@@ -32,6 +41,15 @@ def test_agrees_with_the_matrix_root(dimension: int, seed: int) -> None:
     shift = first.mean - second.mean
     wrong = shift @ shift + np.trace(first.covariance + second.covariance - 2 * separate.real)
     assert dimension < 7 or wrong != pytest.approx(ours, rel=1e-3)
+
+
+@pytest.mark.parametrize("dimension", [64, 256])
+def test_agrees_with_the_matrix_root_at_full_rank(dimension: int) -> None:
+    first, second = random_statistics(dimension, 2 * dimension, 0), random_statistics(dimension, 3 * dimension, 1)
+    ours = frechet(first, second)
+    assert ours.distance == pytest.approx(through_matrix_root(first, second), rel=1e-6)
+    assert (ours.rank, ours.dimensions) == (dimension, dimension)
+    assert frechet(first, second, factor_of(first.covariance)) == ours
 
 
 def test_commuting_covariances_have_a_closed_form() -> None:
@@ -118,3 +136,97 @@ def test_what_is_no_covariance_is_refused() -> None:
         frechet_distance(good, Statistics(np.zeros(3), np.eye(3)))
     with pytest.raises(InputError, match="not finite"):
         statistics_of(np.array([[1.0, np.nan], [0.0, 1.0]]))
+
+
+@pytest.mark.parametrize(("rows", "others", "rank"), [(20, 200, 19), (200, 30, 29), (15, 15, 14), (200, 200, 60)])
+def test_rank_is_that_of_the_poorer_covariance(rows: int, others: int, rank: int) -> None:
+    first, second = random_statistics(60, rows, 0), random_statistics(60, others, 1)
+    assert frechet(first, second).rank == rank
+    assert (first.count, second.count) == (rows, others)
+
+
+def test_rank_of_supports_that_do_not_meet_is_zero() -> None:
+    first, second = np.diag([4.0, 9.0, 0.0]), np.diag([0.0, 0.0, 1.0])
+    assert frechet(Statistics(np.zeros(3), first), Statistics(np.zeros(3), second)).rank == 0
+
+
+PLANTED = {
+    "one eigenvalue missing": ("eigvalsh", lambda matrix: np.concatenate(([0.0], np.linalg.eigvalsh(matrix)[:-1]))),
+    "eigenvalues a little too large": ("eigvalsh", lambda matrix: np.linalg.eigvalsh(matrix) * (1 + 1e-6)),
+    "the right sum of wrong eigenvalues": ("eigvalsh", lambda matrix: np.full(len(matrix), np.trace(matrix) / len(matrix))),
+    "eigenvalues that are no numbers": ("eigvalsh", lambda matrix: np.full(len(matrix), np.nan)),
+    "the other triangle's factor": ("cholesky", lambda matrix, lower: np.linalg.cholesky(matrix).T),
+    "a factor of half precision": (
+        "cholesky",
+        lambda matrix, lower: np.linalg.cholesky(matrix).astype(np.float16).astype(float),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_wrong_linear_algebra_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = random_statistics(30, 200, 0), random_statistics(30, 150, 1)
+    right = frechet(first, second)
+    function, wrong = PLANTED[name]
+    monkeypatch.setattr(module.scipy.linalg, function, wrong)
+    with pytest.raises(InputError, match="contradict its trace"):
+        frechet(first, second)
+    # Without the check the number is wrong and looks like any other.
+    monkeypatch.setattr(module, "_check_eigenvalues", lambda *_: None)
+    assert frechet(first, second) != right
+
+
+def test_statistics_rounded_to_float32_pass_the_check() -> None:
+    """Rounding makes a covariance of low rank indefinite: what is cut off below zero must not look like an error."""
+    first, second = random_statistics(80, 40, 0), random_statistics(80, 50, 1)
+    rounded = [Statistics(side.mean, side.covariance.astype(np.float32).astype(float)) for side in (first, second)]
+    assert np.linalg.eigvalsh(rounded[0].covariance)[0] < 0
+    exact = frechet(first, second).distance
+    for pair in ((rounded[0], second), (first, rounded[1]), rounded):
+        assert frechet(*pair).distance == pytest.approx(exact, rel=1e-2)
+
+
+def test_rounding_below_zero_is_cut_off_and_not_an_error() -> None:
+    first, second = Statistics(np.zeros(3), np.diag([1.0, 1.0, -1e-4])), Statistics(np.zeros(3), np.diag([4.0, 1.0, 1.0]))
+    for pair in ((first, second), (second, first)):
+        assert frechet(*pair).distance == pytest.approx(1 + 0 + 1, abs=1e-3)
+
+
+def test_damaged_statistics() -> None:
+    good = random_statistics(4, 50, 0)
+    lopsided = Statistics(good.mean, np.triu(good.covariance))
+    holed = Statistics(good.mean, np.where(np.eye(4) > 0, np.nan, good.covariance))
+    for bad, sentence in ((lopsided, "not symmetric"), (holed, "not finite")):
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(InputError, match=sentence):
+                frechet(*pair)
+
+
+@pytest.mark.parametrize(("rows", "others", "dimension"), [(2, 3, 8), (12, 9, 40), (30, 200, 50), (90, 70, 30)])
+def test_few_vectors_agree_with_the_full_route(rows: int, others: int, dimension: int) -> None:
+    generator = np.random.default_rng(rows)
+    first = generator.standard_normal((rows, dimension)) @ generator.standard_normal((dimension, dimension))
+    second = generator.standard_normal((others, dimension)) * 3 + 1
+    full = frechet_distance(statistics_of(first), statistics_of(second))
+    assert frechet_of_few(first, second) == pytest.approx(full, rel=1e-6)
+    # The known-bad variants: rows that are not centred, and the Frobenius norm in place of the nuclear one.
+    product = (first - first.mean(0)) @ (second - second.mean(0)).T / np.sqrt((rows - 1) * (others - 1))
+    traces = first.var(0, ddof=1).sum() + second.var(0, ddof=1).sum() + ((first.mean(0) - second.mean(0)) ** 2).sum()
+    uncentred = np.linalg.svd(first @ second.T / np.sqrt((rows - 1) * (others - 1)), compute_uv=False).sum()
+    for wrong in (uncentred, np.linalg.norm(product)):
+        assert rows == 2 or traces - 2 * wrong != pytest.approx(full, rel=1e-3)
+
+
+def test_few_vectors_have_a_closed_form() -> None:
+    """Two points each: S1 and S2 are of rank 1, and Tr (S1 S2)^(1/2) = |a.b| for S1 = a a', S2 = b b'."""
+    a, b = np.array([3.0, 4.0, 0.0]), np.array([1.0, 0.0, 2.0])
+    first, second = np.stack([a, -a]) / np.sqrt(2), np.stack([b, -b]) / np.sqrt(2)
+    assert frechet_of_few(first, second) == pytest.approx(25 + 5 - 2 * 3)
+    assert frechet_of_few(first, first + 2) == pytest.approx(12)
+
+
+def test_too_few_of_few() -> None:
+    with pytest.raises(InputError, match="at least two pictures on either side, not 1"):
+        frechet_of_few(np.ones((1, 3)), np.ones((4, 3)))
+    with pytest.raises(InputError, match="not finite"):
+        frechet_of_few(np.full((2, 3), np.inf), np.ones((4, 3)))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from metrics import precision_recall as module
-from metrics.precision_recall import neighbour_radii, pair_count, precision_recall
+from metrics.precision_recall import covered, neighbour_radii, pair_count, precision_recall
 from runtime.config import InputError
 
 BLOCK = 40
@@ -139,3 +142,79 @@ def test_half_precision_sums_are_tensorflows(dimension: int) -> None:
     # The known-bad variant: a sum in float32, rounded once.
     if dimension > 5:
         assert (terms.astype(np.float32).sum(axis=1).astype(np.float16) != theirs).any()
+
+
+def plain_distances(rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+    """One block in half precision in the plainest torch: every direction for itself, nothing shared, nothing in place."""
+    halves = [torch.from_numpy(side).half() for side in (rows, columns)]
+    norms = [module._sum_in_half(half * half) for half in halves]
+    products = (halves[0].float() @ halves[1].float().T).half()
+    return (norms[0][:, None] - 2 * products + norms[1][None]).clamp(min=0).float()
+
+
+def test_sharing_products_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TILE", 64)
+    reference, samples = features(320, 0, 1.0, 200), features(256, 1, 1.05, 200)
+    radii = []
+    for side in (reference, samples):
+        expected = plain_distances(side, side)
+        radii.append(expected.sort(dim=1).values[:, 3])
+        np.testing.assert_array_equal(neighbour_radii(side), radii[-1].numpy())
+        # The known-bad variant: the sums of one direction for both. Half precision rounds them apart.
+        one_way = torch.triu(expected) + torch.triu(expected, 1).T
+        assert (one_way.sort(dim=1).values[:, 3] != radii[-1]).any()
+    between = plain_distances(reference, samples)
+    ours = covered(reference, samples)
+    np.testing.assert_array_equal(ours.samples, (between <= radii[0][:, None]).any(0).numpy())
+    np.testing.assert_array_equal(ours.references, (between <= radii[1][None]).any(1).numpy())
+    assert 0 < ours.samples.mean() < 1
+    assert 0 < ours.references.mean() < 1
+    assert precision_recall(reference, samples) == (ours.samples.mean(), ours.references.mean())
+
+
+def test_directions_of_two_precisions(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding may let a block fit half precision one way and not the other: then each way is computed for itself."""
+    reference = features(70, 0, 3.0)
+    reference[45] *= 60
+    monkeypatch.setattr(module, "_finite_in_half", lambda rows, columns: len(rows.norms) >= len(columns.norms))
+    rows, columns = reference[:BLOCK], reference[BLOCK:]
+    kinds = {(0, 0): np.float16, (0, 1): np.float16, (1, 0): np.float32, (1, 1): np.float16}
+    blocks = [[block_distances((rows, columns)[i], (rows, columns)[j], kinds[i, j]) for j in (0, 1)] for i in (0, 1)]
+    with np.errstate(invalid="ignore"):
+        expected = np.sort(np.nan_to_num(np.block(blocks), nan=np.inf), axis=1)[:, 3]
+    ours = neighbour_radii(reference)
+    finite = np.isfinite(expected)
+    assert finite.sum() > 60
+    assert agreement(ours[finite], expected[finite]) > 0.97
+
+
+def test_read_only_memory_maps(tmp_path: Path) -> None:
+    arrays = features(60, 0, 1.0), features(50, 1, 1.0)
+    maps = []
+    for number, array in enumerate(arrays):
+        np.save(tmp_path / f"{number}.npy", array)
+        maps.append(np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert precision_recall(*maps) == precision_recall(*arrays)
+    with pytest.raises(InputError, match="features of 24 and of 25 numbers"):
+        covered(arrays[0], features(60, 0, 1.0, 25))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_device_agrees_with_the_processor() -> None:
+    reference, samples = features(3_000, 0, 1.0, 200), features(2_500, 1, 1.05, 200)
+    ours, expected = (covered(reference, samples, device=torch.device(name)) for name in ("cuda", "cpu"))
+    assert (ours.samples == expected.samples).mean() > 0.999
+    assert (ours.references == expected.references).mean() > 0.999
+
+
+def test_given_radii_are_those_computed() -> None:
+    generator = np.random.default_rng(5)
+    reference, samples = (generator.standard_normal((count, 16)).astype(np.float32) for count in (60, 50))
+    radii = neighbour_radii(reference), neighbour_radii(samples)
+    for ours, expected in zip(covered(reference, samples, radii=radii), covered(reference, samples), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    # The known-bad variant: radii of other sets must change the answer, or they are not used.
+    assert covered(reference, samples, radii=(radii[0] / 4, radii[1])).samples.sum() < covered(reference, samples).samples.sum()

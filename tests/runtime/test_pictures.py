@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime.pictures as pictures
+import runtime.files as files
 from runtime.config import InputError
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
 
@@ -96,6 +96,15 @@ def test_the_archive_holds_what_numpy_saves(folder: Path, tmp_path: Path) -> Non
     assert members[0] == members[1]
 
 
+def test_labels_are_packed_beside_the_pictures(folder: Path, tmp_path: Path) -> None:
+    labels = np.arange(10, dtype=np.int64)[::-1].copy()
+    pack_pictures(folder, 10, SIZE, tmp_path / "labelled.npz", labels)
+    with np.load(tmp_path / "labelled.npz") as packed:
+        assert packed.files == ["arr_0", "arr_1"]
+        assert (packed["arr_0"] == pixels(10)).all()
+        assert (packed["arr_1"] == labels).all()
+
+
 def test_fewer_pictures_than_the_folder_holds(folder: Path, tmp_path: Path) -> None:
     pack_pictures(folder, 4, SIZE, tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as packed:
@@ -111,7 +120,7 @@ def archive_bytes(folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch, n
 def test_equal_pictures_are_equal_bytes_at_any_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (archive_bytes(folder, tmp_path / f"{now}.npz", monkeypatch, now) for now in (1e9, 1.5e9))
     assert first == second
-    monkeypatch.setattr(pictures, "EARLIEST", (2000, 1, 1, 0, 0, 0))  # known bad: the time of packing
+    monkeypatch.setattr(files, "_EARLIEST", (2000, 1, 1, 0, 0, 0))  # known bad: the time of packing
     assert archive_bytes(folder, tmp_path / "x.npz", monkeypatch, 1e9) != first
 
 

@@ -1,4 +1,4 @@
-"""The graph's file: found, fetched, checked. What the graph computes is tested against the golden vectors."""
+"""Files of weights: found, fetched, checked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from metrics import networks
-from metrics.networks import GRAPH_NAME, GraphFile, TensorFlowInception, download, inception_graph
+from metrics.networks import weight_files
+from metrics.networks.weight_files import GRAPH_NAME, WeightsFile, download, inception_graph, weights_file
 from runtime.config import InputError
 
-GOLDEN_GRAPH = Path(__file__).resolve().parents[1] / "golden" / "adm" / GRAPH_NAME
 CONTENT = bytes(range(256)) * 5_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -36,7 +35,10 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.requests += 1
-            self.send_response(200 if self.path == "/graph" else 404)
+            if self.path != "/graph":
+                self.send_error(404)
+                return
+            self.send_response(200)
             self.send_header("Content-Length", str(len(CONTENT)))
             if state.md5:
                 self.send_header("Content-MD5", state.md5)
@@ -47,7 +49,7 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Site]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state = Site(f"http://127.0.0.1:{server.server_port}/graph")
-    monkeypatch.setattr(networks, "GRAPH_URL", state.url)
+    monkeypatch.setattr(weight_files, "GRAPH_URL", state.url)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -59,7 +61,7 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Site]:
 
 def test_downloads_once_and_records_the_hash(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     graph = inception_graph()
-    assert graph == GraphFile(networks.cache_folder() / GRAPH_NAME, SHA256)
+    assert graph == WeightsFile(weight_files.cache_folder() / GRAPH_NAME, SHA256)
     assert graph.path.read_bytes() == CONTENT
     assert SHA256 in (graph.path.parent / f"{GRAPH_NAME}.sha256").read_text()
     assert f"downloading {GRAPH_NAME}" in capsys.readouterr().err
@@ -91,20 +93,20 @@ def test_a_damaged_download_leaves_nothing_behind(site: Site, damage: dict, mess
         setattr(site, name, value)
     with pytest.raises(InputError, match=message):
         inception_graph(pinned_sha256=SHA256)
-    assert not list(networks.cache_folder().iterdir())
+    assert not list(weight_files.cache_folder().iterdir())
 
 
 def test_offline_and_missing_pages_name_the_remedy(site: Site, tmp_path: Path) -> None:
     for url, reason in ((site.url + "-gone", "Not Found"), ("http://127.0.0.1:9/graph", "refused")):
-        with pytest.raises(InputError, match=rf"could not be downloaded .*{reason}.*--inception PATH"):
+        with pytest.raises(InputError, match=rf"could not be downloaded .*{reason}.*--weights PATH"):
             download(url, tmp_path / GRAPH_NAME)
     assert not (tmp_path / GRAPH_NAME).exists()
 
 
 def test_a_given_graph(tmp_path: Path) -> None:
     (tmp_path / GRAPH_NAME).write_bytes(CONTENT)
-    assert inception_graph(tmp_path) == inception_graph(tmp_path / GRAPH_NAME) == GraphFile(tmp_path / GRAPH_NAME, SHA256)
-    with pytest.raises(InputError, match="no such file; --inception takes"):
+    assert inception_graph(tmp_path) == inception_graph(tmp_path / GRAPH_NAME) == WeightsFile(tmp_path / GRAPH_NAME, SHA256)
+    with pytest.raises(InputError, match="no such file; --weights takes"):
         inception_graph(tmp_path / "missing.pb")
     with pytest.raises(InputError, match="not the pinned"):
         inception_graph(tmp_path, "0" * 64)
@@ -112,24 +114,25 @@ def test_a_given_graph(tmp_path: Path) -> None:
         inception_graph(tmp_path, "abc")
 
 
-def test_files_that_are_not_the_graph(tmp_path: Path) -> None:
-    tensorflow = pytest.importorskip("tensorflow")
-    content = GOLDEN_GRAPH.read_bytes()
-    other = tensorflow.compat.v1.GraphDef()
-    other.ParseFromString(content)
-    del other.node[next(place for place, node in enumerate(other.node) if node.name == "mixed_6/conv") :]
-    cases = {
-        "is not a TensorFlow graph, or is cut short": content[: len(content) // 2],
-        "has no node ExpandDims, pool_3, mixed_6/conv, softmax/logits/MatMul": b"",
-        "has no node pool_3, mixed_6/conv, softmax/logits/MatMul": other.SerializeToString(),
-    }
-    for message, damaged in cases.items():
-        (tmp_path / GRAPH_NAME).write_bytes(damaged)
-        with pytest.raises(InputError, match=message):
-            TensorFlowInception(inception_graph(tmp_path))
+def test_a_given_file_of_weights(tmp_path: Path) -> None:
+    path = tmp_path / "inception-2015-12-05.pt"
+    path.write_bytes(CONTENT)
+    assert weights_file(path) == weights_file(str(path), SHA256.upper()) == WeightsFile(path, SHA256)
+    with pytest.raises(InputError, match="not the pinned"):
+        weights_file(path, "0" * 64)
+    with pytest.raises(InputError, match=r"missing\.pth: no such file; --weights takes"):
+        weights_file(tmp_path / "missing.pth")
+    with pytest.raises(InputError, match="is a folder; --weights takes a file"):
+        weights_file(tmp_path)
 
 
-def test_missing_tensorflow_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install -e \.\[evaluator\]"):
-        TensorFlowInception(GraphFile(GOLDEN_GRAPH, "0" * 64))
+@pytest.mark.parametrize("name", ["weights-{}.pth", "pt_inception-2015-12-05-{}.pt"])
+def test_a_name_that_holds_the_beginning_of_the_hash(tmp_path: Path, name: str) -> None:
+    right, wrong = tmp_path / name.format(SHA256[:8]), tmp_path / name.format("6726825d")
+    for path in (right, wrong):
+        path.write_bytes(CONTENT)
+    assert weights_file(right).sha256 == SHA256
+    with pytest.raises(InputError, match=f"begins with 6726825d, as its name says, and has {SHA256}"):
+        weights_file(wrong)
+    unnamed = wrong.rename(tmp_path / "weights-6726825d.bin")
+    assert weights_file(unnamed).sha256 == SHA256

@@ -1,0 +1,605 @@
+from __future__ import annotations
+
+import gc
+import io
+import json
+import shutil
+import struct
+import threading
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from metrics import features as features_module
+from metrics import pictures as pictures_module
+from metrics.features import Features, Share, cache_place, extract
+from metrics.frechet import Statistics, statistics_of
+from metrics.pictures import PictureBatch, open_batch
+from runtime.config import InputError
+
+
+class SmallNetwork:
+    """Mean colours of the four quarters as pool features (12), the first row's pixels as spatial ones.
+
+    As float32 products do, its numbers depend a little on the size of the batch a picture is in.
+    """
+
+    name, protocol, backend, distance_name, head = "quarters", "none", "NumPy", "FID", None
+
+    def __init__(self, sha256: str = "5" * 64, fails_at: int | None = None, nan_at: int | None = None) -> None:
+        self.sha256 = sha256
+        self.seen = 0
+        self._fails_at, self._nan_at = fails_at, nan_at
+
+    def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        count, height, width, _ = pictures.shape
+        if self._fails_at is not None and self.seen + count > self._fails_at:
+            raise RuntimeError("killed")
+        quarters = pictures.reshape(count, 2, height // 2, 2, width // 2, 3).mean(axis=(2, 4), dtype=np.float32)
+        pool = quarters.reshape(count, 12) + np.float32(count / 1024)
+        if self._nan_at is not None and self.seen <= self._nan_at < self.seen + count:
+            pool[self._nan_at - self.seen, 5] = np.nan
+        self.seen += count
+        return pool, pictures[:, 0, :4].reshape(count, -1).astype(np.float32)
+
+
+class WithoutSpatial(SmallNetwork):
+    def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, None]:
+        return super().activations(pictures)[0], None
+
+
+class NanInSpatial(SmallNetwork):
+    def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        pool, spatial = super().activations(pictures)
+        spatial[-1, -1] = np.inf
+        return pool, spatial
+
+
+class Unused(SmallNetwork):
+    def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        raise AssertionError("the network was reached")
+
+
+def random_pictures(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "BLOCK", 10)
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> PictureBatch:
+    """45 pictures: four blocks of ten and one of five."""
+    return write(tmp_path / "samples.npz", random_pictures(45))
+
+
+def write(path: Path, pictures: np.ndarray, save: Callable[..., None] = np.savez) -> PictureBatch:
+    save(path, arr_0=pictures)
+    return open_batch(path)
+
+
+def direct(pictures: np.ndarray, block: int = 10, batch_size: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Pool and spatial features, computed the plain way."""
+    cuts = [
+        cut for start in range(0, len(pictures), block) for cut in range(start, min(start + block, len(pictures)), batch_size)
+    ]
+    results = [
+        SmallNetwork().activations(pictures[first : min(first + batch_size, first // block * block + block)]) for first in cuts
+    ]
+    return np.concatenate([pool for pool, _ in results]), np.concatenate([spatial for _, spatial in results])
+
+
+def numbers(features: Features) -> bytes:
+    """Everything a metric is computed from, as bytes."""
+    parts = [features.pool]
+    for statistics in (features.pool_statistics, features.spatial_statistics):
+        parts += [statistics.mean, statistics.covariance]
+    return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+
+
+def files_in(place: Path) -> set[str]:
+    return {path.name for path in place.rglob("*") if path.is_file() and not path.name.startswith("content-")}
+
+
+def blocks_in(place: Path) -> set[str]:
+    return {path.name for path in place.glob("*/blocks/*.npz")}
+
+
+FINISHED = {".lock", "entry.json", "pool.npy", "statistics.npz"}
+
+
+@pytest.mark.parametrize("form", ["stored", "compressed", "folder"])
+def test_equal_to_a_direct_computation(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = random_pictures(45)
+    if form == "folder":
+        (tmp_path / "samples").mkdir()
+        for index, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / "samples" / f"{index}.png")
+        batch = open_batch(tmp_path / "samples")
+    else:
+        batch = write(tmp_path / "samples.npz", pictures, {"stored": np.savez, "compressed": np.savez_compressed}[form])
+    place = cache_place(batch, None)
+    assert place == batch.path.with_name(batch.path.name + ".features")
+    assert place.is_dir()
+    features = extract(batch, SmallNetwork(), place, 4, "samples")
+    assert "samples: features: 100%" in capsys.readouterr().err
+    pool, spatial = direct(pictures)
+    assert features.pool.dtype == np.float32
+    np.testing.assert_array_equal(features.pool, pool)
+    for found, rows in ((features.pool_statistics, pool), (features.spatial_statistics, spatial)):
+        expected = statistics_of(rows)
+        assert found.count == 45
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+        np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-10, atol=1e-8)
+    # The known-bad variant: one picture left out.
+    assert np.abs(statistics_of(pool[1:]).mean - features.pool_statistics.mean).max() > 1e-3
+
+    again = extract(open_batch(batch.path), Unused(), place, 32, "samples")
+    assert numbers(again) == numbers(features)
+    assert f"samples: features found in {place}" in capsys.readouterr().out
+    assert files_in(place) == FINISHED
+    assert not features.pool.flags.writeable
+
+
+def simulate(
+    batch: PictureBatch, place: Path, networks: list[SmallNetwork], batch_size: int = 4, label: str = "samples"
+) -> list[Features]:
+    """A launch of len(networks) processes, as threads."""
+    barrier = threading.Barrier(len(networks), timeout=30)
+
+    def process(index: int) -> Features:
+        try:
+            return extract(batch, networks[index], place, batch_size, label, Share(index, len(networks), barrier.wait))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(len(networks)) as threads:
+        return [run.result() for run in [threads.submit(process, index) for index in range(len(networks))]]
+
+
+def test_any_number_of_processes_gives_the_same_bits(
+    tmp_path: Path, batch: PictureBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = numbers(extract(batch, SmallNetwork(), tmp_path / "one", 4, "samples"))
+    for count in (2, 3, 7):
+        networks = [SmallNetwork() for _ in range(count)]
+        results = simulate(batch, tmp_path / f"{count}", networks)
+        assert {numbers(result) for result in results} == {alone}
+        assert [network.seen for network in networks[:2]] == {2: [25, 20], 3: [20, 15], 7: [10, 10]}[count]
+        assert files_in(tmp_path / f"{count}") == FINISHED
+        again = simulate(batch, tmp_path / f"{count}", [Unused() for _ in range(count)])
+        assert {numbers(result) for result in again} == {alone}
+    # The known-bad variants: batches that do not start anew in each block, and blocks joined in another order.
+    monkeypatch.setattr(features_module, "BLOCK", 45)
+    assert numbers(extract(batch, SmallNetwork(), tmp_path / "uncut", 4, "samples")) != alone
+    monkeypatch.setattr(features_module, "BLOCK", 10)
+    read_block = features_module._read_block
+
+    def exchanged(path: Path, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+        other = {0: 10, 10: 0}.get(block[0], block[0])
+        return read_block(path.with_name(f"{other:09d}.npz"), block)
+
+    monkeypatch.setattr(features_module, "_read_block", exchanged)
+    assert numbers(extract(batch, SmallNetwork(), tmp_path / "exchanged", 4, "samples")) != alone
+
+
+def test_processes_that_fail_end_the_launch(tmp_path: Path, batch: PictureBatch) -> None:
+    with pytest.raises((RuntimeError, threading.BrokenBarrierError)):
+        simulate(batch, tmp_path / "cache", [SmallNetwork(), SmallNetwork(fails_at=12)])
+    finished = blocks_in(tmp_path / "cache")
+    assert "000000010.npz" in finished
+    assert "000000030.npz" not in finished
+    networks = [SmallNetwork() for _ in range(3)]
+    results = simulate(batch, tmp_path / "cache", networks)
+    assert sum(network.seen for network in networks) == 45 - sum({"000000040.npz": 5}.get(name, 10) for name in finished)
+    assert numbers(results[0]) == numbers(extract(batch, SmallNetwork(), tmp_path / "undisturbed", 4, "samples"))
+
+
+def test_a_restart_computes_what_is_missing(tmp_path: Path, batch: PictureBatch, capsys: pytest.CaptureFixture[str]) -> None:
+    killed = SmallNetwork(fails_at=27)
+    with pytest.raises(RuntimeError, match="killed"):
+        extract(batch, killed, tmp_path / "cache", 4, "samples")
+    assert killed.seen == 24
+    blocks = sorted((tmp_path / "cache").rglob("*.npz"))
+    assert len(blocks) == 2
+    # One of the finished blocks was damaged on the disk meanwhile.
+    blocks[1].write_bytes(blocks[1].read_bytes()[:-100])
+    (blocks[1].parent.parent / ".pool.npy.77.partial").write_text("half a file")
+    capsys.readouterr()
+    network = SmallNetwork()
+    restarted = extract(batch, network, tmp_path / "cache", 4, "samples")
+    assert network.seen == 35
+    bar = capsys.readouterr().err
+    assert "| 10/45 [" in bar
+    assert "| 45/45 [" in bar
+    assert files_in(tmp_path / "cache") == FINISHED
+    assert numbers(restarted) == numbers(extract(batch, SmallNetwork(), tmp_path / "undisturbed", 4, "samples"))
+
+
+def test_other_content_and_another_network_are_other_entries(tmp_path: Path, batch: PictureBatch) -> None:
+    place = tmp_path / "cache"
+    first = extract(batch, SmallNetwork(), place, 4, "samples")
+    other = write(batch.path, random_pictures(45, seed=1))
+    network = SmallNetwork()
+    assert numbers(extract(other, network, place, 4, "samples")) != numbers(first)
+    assert network.seen == 45
+    network = SmallNetwork("6" * 64)
+    extract(other, network, place, 4, "samples")
+    assert network.seen == 45
+    network.protocol = "another preparation"
+    extract(other, network, place, 4, "samples")
+    assert network.seen == 90
+    assert len(list(place.glob("*/entry.json"))) == 4
+    write(batch.path, random_pictures(45))
+    assert numbers(extract(open_batch(batch.path), Unused(), place, 4, "samples")) == numbers(first)
+
+
+def test_a_batch_that_changes_meanwhile(tmp_path: Path, batch: PictureBatch) -> None:
+    class Writer(SmallNetwork):
+        def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+            if self.seen == 0:
+                write(batch.path, random_pictures(45, seed=1))
+            return super().activations(pictures)
+
+    with pytest.raises(InputError, match=r"samples\.npz changed while its features were computed; start again"):
+        extract(batch, Writer(), tmp_path / "cache", 4, "samples")
+    assert files_in(tmp_path / "cache") == {".lock", "entry.json"}
+
+
+def test_statistics_of_the_file_take_precedence(tmp_path: Path) -> None:
+    mean, covariance = np.arange(3.0), np.eye(3)
+    ready = {"mu": mean, "sigma": covariance, "count": 50}
+    np.savez(tmp_path / "both.npz", arr_0=random_pictures(12), **ready)
+    np.savez(tmp_path / "all.npz", arr_0=random_pictures(12), mu_s=mean[:2], sigma_s=covariance[:2, :2], **ready)
+    np.savez(tmp_path / "alone.npz", mu=mean, sigma=covariance)
+    for network in (SmallNetwork(), Unused()):
+        features = extract(open_batch(tmp_path / "both.npz"), network, tmp_path / "cache", 4, "reference")
+        assert features.pool.shape == (12, 12)
+        np.testing.assert_array_equal(features.pool_statistics.mean, mean)
+        assert features.pool_statistics.count == 50
+        assert features.spatial_statistics.count == 12
+    every = extract(open_batch(tmp_path / "all.npz"), SmallNetwork(), tmp_path / "cache", 4, "reference")
+    np.testing.assert_array_equal(every.spatial_statistics.mean, mean[:2])
+    alone = open_batch(tmp_path / "alone.npz")
+    for network in (Unused(), None):
+        features = extract(alone, network, cache_place(alone, None), 4, "reference")
+        assert (features.pool, features.spatial_statistics) == (None, None)
+        np.testing.assert_array_equal(features.pool_statistics.mean, mean)
+    assert not (tmp_path / "alone.npz.features").exists()
+
+
+def test_a_network_without_spatial_features(tmp_path: Path, batch: PictureBatch) -> None:
+    for network in (WithoutSpatial(), Unused()):
+        features = extract(batch, network, tmp_path / "cache", 4, "samples")
+        assert features.spatial_statistics is None
+        np.testing.assert_array_equal(features.pool, direct(random_pictures(45))[0])
+
+
+def test_one_picture_is_too_few(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds one picture, and statistics of features need two"):
+        extract(write(tmp_path / "one.npz", random_pictures(1)), Unused(), tmp_path / "cache", 4, "samples")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_features_that_are_not_finite(tmp_path: Path, batch: PictureBatch, count: int) -> None:
+    # Of two processes the second one computes pictures 10 to 19 first.
+    networks = {1: [SmallNetwork(nan_at=17)], 2: [SmallNetwork(fails_at=12), SmallNetwork(nan_at=7)]}[count]
+    with pytest.raises((InputError, RuntimeError, threading.BrokenBarrierError)) as stopped:
+        simulate(batch, tmp_path / "cache", networks)
+    if count == 1:
+        assert str(stopped.value) == (
+            f"{batch.path}: the features of picture 17 are not finite numbers; check the weights of the network (quarters)."
+        )
+        assert files_in(tmp_path / "cache") == {".lock", "entry.json"}
+    finished = blocks_in(tmp_path / "cache")
+    assert finished <= {"000000000.npz"}
+    network = SmallNetwork()
+    assert np.isfinite(extract(batch, network, tmp_path / "cache", 4, "samples").pool).all()
+    assert network.seen == 45 - 10 * len(finished)
+
+
+def test_spatial_features_that_are_not_finite(tmp_path: Path, batch: PictureBatch) -> None:
+    with pytest.raises(InputError, match="the features of picture 3 are not finite numbers"):
+        extract(batch, NanInSpatial(), tmp_path / "cache", 4, "samples")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "pool cut": ("pool.npy", truncate, "pool.npy is missing or damaged"),
+    "pool flipped": ("pool.npy", flip, "pool.npy is missing or damaged"),
+    "pool gone": ("pool.npy", Path.unlink, "pool.npy is missing or damaged"),
+    "statistics cut": ("statistics.npz", truncate, "statistics.npz is missing or damaged"),
+    "statistics flipped": ("statistics.npz", flip, "statistics.npz is missing or damaged"),
+    "record cut": ("entry.json", truncate, "entry.json is missing or damaged"),
+    "record gone": ("entry.json", Path.unlink, "entry.json is missing or damaged"),
+    "record a list": ("entry.json", lambda path: path.write_text("[1]"), "entry.json is missing or damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_computed_again(
+    tmp_path: Path, batch: PictureBatch, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, harm, reason = DAMAGES[damage]
+    first = numbers(extract(batch, SmallNetwork(), tmp_path / "cache", 4, "samples"))
+    (file,) = (tmp_path / "cache").rglob(name)
+    harm(file)
+    network = SmallNetwork()
+    capsys.readouterr()
+    assert numbers(extract(batch, network, tmp_path / "cache", 4, "samples")) == first
+    assert network.seen == 45
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1
+    assert "cannot be used" in printed[0]
+    assert reason in printed[0]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_features_of_another_batch_under_this_name(tmp_path: Path, finished: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hashes may begin alike; here a folder was renamed."""
+    place = tmp_path / "cache"
+    other = write(tmp_path / "other.npz", random_pictures(45, seed=1))
+    if finished:
+        extract(other, SmallNetwork(), place, 4, "samples")
+    else:
+        with pytest.raises(RuntimeError):
+            extract(other, SmallNetwork(fails_at=41), place, 4, "samples")
+    (wrong,) = place.glob("*-*/")
+    batch = write(tmp_path / "samples.npz", random_pictures(45))
+    with pytest.raises(RuntimeError):
+        extract(batch, SmallNetwork(fails_at=0), place, 4, "samples")
+    (right,) = (entry for entry in place.glob("*-*/") if entry != wrong)
+    shutil.rmtree(right)
+    wrong.rename(right)
+    features = extract(batch, SmallNetwork(), place, 4, "samples")
+    np.testing.assert_array_equal(features.pool, direct(random_pictures(45))[0])
+    assert "they are of another batch or network" in capsys.readouterr().out
+
+
+def test_the_record_tells_what_it_is_of(tmp_path: Path, batch: PictureBatch) -> None:
+    extract(batch, SmallNetwork(), tmp_path / "cache", 4, "samples")
+    (file,) = (tmp_path / "cache").glob("*/entry.json")
+    record = json.loads(file.read_text())
+    assert record["description"]["name"] == "quarters"
+    assert file.parent.name == f"{record['content'][:16]}-{record['network'][:16]}"
+
+
+def test_two_evaluations_at_once(
+    tmp_path: Path, batch: PictureBatch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(features_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow(SmallNetwork):
+        def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+            started.set()
+            assert go_on.wait(30)
+            return super().activations(pictures)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(extract, batch, Slow(), tmp_path / "cache", 4, "samples")
+        assert started.wait(30)
+        second = threads.submit(extract, batch, Unused(), tmp_path / "cache", 4, "samples")
+        printed = ""
+        while "waiting for another evaluation" not in printed and not second.done():
+            printed += capsys.readouterr().out
+        go_on.set()
+        assert numbers(first.result()) == numbers(second.result())
+
+
+def test_nodes_that_do_not_share_the_folder(tmp_path: Path, batch: PictureBatch) -> None:
+    barrier = threading.Barrier(2, timeout=30)
+
+    def process(index: int) -> Features:
+        try:
+            return extract(batch, SmallNetwork(), tmp_path / f"{index}", 4, "samples", Share(index, 2, barrier.wait))
+        except InputError:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(process, index) for index in range(2)]
+        with pytest.raises(InputError, match="lacks 2 of 5 blocks of features; every process must see the same folder"):
+            runs[0].result()
+        assert isinstance(runs[1].exception(), threading.BrokenBarrierError)
+
+
+def test_the_place_given(
+    tmp_path: Path, batch: PictureBatch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cache_place(batch, str(tmp_path / "new" / "cache")) == tmp_path / "new" / "cache"
+    assert (tmp_path / "new" / "cache").is_dir()
+    with pytest.raises(InputError, match=r"--cache: .*samples\.npz/cache cannot be written \(Not a directory\)"):
+        cache_place(batch, str(batch.path / "cache"))
+    assert capsys.readouterr().out == ""
+
+    # Beside the batch stands a file of that name: the nearest that a test as root comes to a folder it may not write.
+    batch.path.with_name("samples.npz.features").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert cache_place(batch, None) == tmp_path / "home" / "sparsedit" / "features"
+    assert "samples.npz.features cannot be written: features are kept in" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    cache_place(batch, None)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_link_and_a_relative_folder_have_their_cache_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store").mkdir()
+    Image.fromarray(random_pictures(1)[0]).save(tmp_path / "store" / "0.png")
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    assert cache_place(open_batch(tmp_path / "link"), None) == tmp_path / "link.features"
+    monkeypatch.chdir(tmp_path / "store")
+    assert cache_place(open_batch("."), None) == tmp_path / "store.features"
+
+
+def test_one_piece_is_read_ahead() -> None:
+    produced = []
+
+    def pieces() -> Iterator[np.ndarray]:
+        for index in range(6):
+            produced.append(index)
+            yield np.full(1, index)
+
+    for index, piece in enumerate(features_module._read_ahead(pieces())):
+        assert piece[0] == index
+        assert len(produced) <= index + 2
+    assert len(produced) == 6
+
+    def damaged() -> Iterator[np.ndarray]:
+        yield np.zeros(1)
+        raise InputError("is damaged")
+
+    with pytest.raises(InputError, match="is damaged"):
+        list(features_module._read_ahead(damaged()))
+
+
+def write_sparse(path: Path, count: int, side: int) -> PictureBatch:
+    """An npz of `count` black pictures, but for four, that takes next to no room on the disk."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)})
+    name, total = b"arr_0.npy", side * side * 3 * count
+    coloured = {index * (count // 4): random_pictures(1, side, seed=index)[0].tobytes() for index in range(4)}
+    checksum = zlib.crc32(header.getvalue())
+    for index in range(count):
+        checksum = zlib.crc32(coloured.get(index) or bytes(side * side * 3), checksum)
+    sizes = struct.pack("<3I", checksum, *[len(header.getvalue()) + total] * 2)
+    local = b"PK\3\4" + struct.pack("<5H", 20, 0, 0, 0, 0) + sizes + struct.pack("<2H", len(name), 0) + name
+    central = b"PK\1\2" + struct.pack("<6H", 20, 20, 0, 0, 0, 0) + sizes
+    central += struct.pack("<5H2I", len(name), 0, 0, 0, 0, 0, 0) + name
+    data = len(local) + len(header.getvalue())
+    with open(path, "wb") as file:
+        file.write(local + header.getvalue())
+        for index, content in coloured.items():
+            file.seek(data + index * side * side * 3)
+            file.write(content)
+        file.truncate(data + total)
+        file.seek(data + total)
+        file.write(central + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 1, 1, len(central), data + total, 0))
+    return open_batch(path)
+
+
+def hoard(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """What `_read_ahead` must not be: everything read before the first piece is used."""
+    yield from list(pieces)
+
+
+class Measured(SmallNetwork):
+    """Keeps the largest resident memory while the work runs."""
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(sha256)
+        self.resident = 0
+
+    def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        self.resident = max(self.resident, psutil.Process().memory_info().rss)
+        return super().activations(pictures)
+
+
+def test_resident_memory_does_not_grow_with_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "BLOCK", 1_000)
+    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)  # hashed once, then remembered
+    batches = {count: write_sparse(tmp_path / f"{count}.npz", count, 64) for count in (2_000, 20_000)}
+    assert batches[20_000].path.stat().st_size > 245_000_000
+
+    def growth(count: int, network_hash: str) -> int:
+        network = Measured(network_hash)
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        extract(batches[count], network, tmp_path / "cache", 64, "samples")
+        return network.resident - before
+
+    few, many = growth(2_000, "few"), growth(20_000, "many")
+    assert many - few < 25_000_000
+    monkeypatch.setattr(features_module, "_read_ahead", hoard)
+    assert growth(20_000, "hoarded") - few > 100_000_000
+
+
+def test_allocated_memory_does_not_grow_with_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "BLOCK", 500)
+
+    def peak(count: int, cache: str) -> int:
+        batch = write(tmp_path / f"{count}.npz", np.resize(random_pictures(500, 16), (count, 16, 16, 3)))
+        tracemalloc.start()
+        try:
+            extract(batch, SmallNetwork(), tmp_path / cache, 64, "samples")
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(2_000, "few"), peak(20_000, "many")
+    # Of 15 MB of pictures and 2 MB of features.
+    assert many - few < 300_000
+    # The known-bad variant: rows kept until the end instead of written block by block.
+    monkeypatch.setattr(features_module, "BLOCK", 20_000)
+    assert peak(20_000, "hoarded") - few > 1_000_000
+
+
+def test_a_full_disk_leaves_nothing_that_is_trusted(
+    tmp_path: Path, batch: PictureBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    savez, room = np.savez, [0]
+
+    def full(file: io.BufferedWriter, **arrays: np.ndarray) -> None:
+        room[0] -= 1
+        if room[0] < 0:
+            file.write(b"PK half a file")
+            raise OSError(28, "No space left on device")
+        savez(file, **arrays)
+
+    expected = numbers(extract(batch, SmallNetwork(), tmp_path / "roomy", 4, "samples"))
+    # The third block; then the statistics, when the other three blocks are there.
+    for files in (2, 3):
+        room[0] = files
+        monkeypatch.setattr(np, "savez", full)
+        with pytest.raises(OSError, match="No space left"):
+            extract(batch, SmallNetwork(), tmp_path / "full", 4, "samples")
+        assert not any(name.endswith(".partial") for name in files_in(tmp_path / "full"))
+    monkeypatch.undo()
+    monkeypatch.setattr(features_module, "BLOCK", 10)
+    assert numbers(extract(batch, Unused(), tmp_path / "full", 4, "samples")) == expected
+
+
+def test_statistics_have_the_type_metrics_expect(tmp_path: Path, batch: PictureBatch) -> None:
+    features = extract(batch, SmallNetwork(), tmp_path / "cache", 4, "samples")
+    assert isinstance(features.pool_statistics, Statistics)
+    assert features.pool_statistics.covariance.dtype == np.float64
+
+
+def test_what_follows_from_the_features_is_kept(tmp_path: Path, batch: PictureBatch) -> None:
+    features = extract(batch, SmallNetwork(), tmp_path / "cache", 4, "samples")
+    values, computed = np.arange(45, dtype=np.float32), []
+
+    def compute() -> np.ndarray:
+        computed.append(1)
+        return values
+
+    for _ in range(2):
+        np.testing.assert_array_equal(features.kept("radii", compute), values)
+    assert len(computed) == 1
+    file = features.entry / "radii.npz"
+    content = bytearray(file.read_bytes())
+    content[content.index(values[10:14].tobytes()) + 3] ^= 1  # one bit of one number
+    file.write_bytes(bytes(content))
+    np.testing.assert_array_equal(features.kept("radii", compute), values)
+    assert len(computed) == 2
+    np.testing.assert_array_equal(features.kept("radii", compute), values)
+    assert len(computed) == 2
