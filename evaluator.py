@@ -266,6 +266,8 @@ def check_options(options: NetworkOptions) -> None:
     """Raises InputError for a network that cannot run here and for numbers that make no sense."""
     if options.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, not {options.batch_size}.")
+    if options.tf32 and options.backend == "tensorflow":
+        raise InputError("--backend tensorflow computes in float32 alone; leave --tf32 out.")
     check_network(options.network, options.backend)
 
 

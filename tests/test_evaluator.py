@@ -278,6 +278,7 @@ def test_bad_command_lines(refuse: Callable[..., str], batches: tuple[Path, Path
     assert "--backend tensorflow runs ADM's" in refuse(
         reference, samples, "--network", "pytorch-fid", "--backend", "tensorflow"
     )
+    assert "leave --tf32 out" in refuse(reference, samples, "--tf32", "--backend", "tensorflow")
     assert "adm gives no score 'fdd'; did you mean 'fid'" in refuse(reference, samples, "--metrics", "fdd")
     assert "--bootstrap must be" in refuse(reference, samples, "--bootstrap", 1)
     assert "name its folder with --report" in refuse(reference, samples, "--compare", samples)
