@@ -116,7 +116,10 @@ class ZipSource(PictureSource):
         self.path = path
         # ZipFile counts its readers without a lock and closes a file that it opened itself when the count reaches zero;
         # it never closes one that it was given.
-        self._archive = zipfile.ZipFile(open(path, "rb"))  # noqa: SIM115
+        try:
+            self._archive = zipfile.ZipFile(open(path, "rb"))  # noqa: SIM115
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise InputError(f"{path} is a zip file that cannot be read ({error}); pack it again.") from None
         self._lock = threading.Lock()
         members = [info.filename for info in self._archive.infolist() if _is_picture(info.filename)]
         self._members = [name for name in members if not any(_hidden(part) for part in name.split("/"))]

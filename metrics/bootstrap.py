@@ -6,8 +6,13 @@ FID and lowers the entropy of mean class probabilities. Only the spread is there
 is the score plus (quantiles of the resampled scores - their mean). It covers the score's expected value at this number of
 samples, the bias of FID at few samples included: it says nothing about that bias.
 
-The reference is taken as it is, for it is the same in every evaluation. sFID has no interval: its features are summed up as
-they come, and what is not kept cannot be drawn again.
+The reference is taken as it is, for it is the same in every evaluation; the kernel distance's interval alone counts its
+variation too. Some scores have no interval:
+
+- sFID: its features are summed up as they come, and what is not kept cannot be drawn again.
+- Recall and coverage: they ask of each reference picture whether any sample reaches it. To draw reference pictures again
+  tells how the score moves with other references, which is another question, and up to three times too narrow an answer; to
+  draw samples again leaves out more than a third of them each time, and with them every ball that only they held or reached.
 """
 
 from __future__ import annotations
@@ -20,8 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metrics.distances import block_of, full_precision
-from metrics.frechet import Statistics, factor_of, frechet
+from metrics.distances import block_of, full_precision, slices
+from metrics.frechet import Statistics, factor_of, frechet_distance
 from metrics.inception_score import SPLIT_SIZE, weighted_inception_scores
 from metrics.kernel_distance import KernelDistance
 
@@ -41,11 +46,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: NDArray[np.bool_] | NDArray[np.float32], repeats: int = REPEATS, seed: int = 0) -> Interval:
-    """Of the mean of per-picture values (N,): precision, recall, density, coverage.
-
-    The balls stay as they are while the pictures that are looked up in them are drawn again, samples for precision and
-    density, references for recall and coverage; what the balls' own pictures contribute is left out.
-    """
+    """Of the mean of a value per sample (N,): precision, density. The balls that samples lie in are the reference's."""
     generator = np.random.default_rng(seed)
     numbers = values.astype(np.float64)
     means = [numbers[generator.integers(0, len(numbers), len(numbers))].mean() for _ in range(repeats)]
@@ -70,11 +71,10 @@ def frechet_interval(
     """
     generator = np.random.default_rng(seed)
     factor = factor_of(reference.covariance)
-    centre = _mean(features)
     distances = []
     for _ in range(repeats):
         counts = _counts(generator, len(features))
-        distances.append(frechet(reference, _weighted_statistics(features, counts, centre, device), factor).distance)
+        distances.append(frechet_distance(reference, _weighted_statistics(features, counts, device), factor))
         if progress:
             progress(1)
     interval = _around(distance, np.array(distances))
@@ -104,7 +104,8 @@ def kernel_interval(distance: KernelDistance, reference_count: int, sample_count
     Subsampling (Politis and Romano 1994, "Large sample confidence regions based on subsamples under minimal assumptions"): a
     score of m vectors has about N / m times the variance of one of N. Subsets drawn without replacement from N vectors have
     (1 - m / N) of the variance they would have over fresh data, and their mean over s subsets keeps 1 / s of theirs. N is the
-    smaller side, to be on the safe side. Subsets of more than half of it overlap too much to tell.
+    smaller side, to be on the safe side. Subsets of more than half of it overlap too much to tell. As subsets are drawn from
+    both sides, the interval counts how far the score would move with another reference too, unlike all others here.
     """
     share = distance.subset_size / min(reference_count, sample_count)
     if share > 0.5 or distance.subsets < 2:
@@ -124,25 +125,18 @@ def _counts(generator: np.random.Generator, count: int) -> NDArray[np.float64]:
     return np.bincount(generator.integers(0, count, count), minlength=count).astype(np.float64)
 
 
-def _mean(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    return np.asarray(np.mean(features, axis=0, dtype=np.float64))
-
-
-def _weighted_statistics(
-    features: NDArray[np.float32], counts: NDArray[np.float64], centre: NDArray[np.float64], device: torch.device
-) -> Statistics:
-    """Mean and covariance (divisor N - 1) of features (N, D), each taken `counts` times; `centre` is near their mean."""
+def _weighted_statistics(features: NDArray[np.float32], counts: NDArray[np.float64], device: torch.device) -> Statistics:
+    """Mean and covariance (divisor N - 1) of features (N, D), each taken `counts` times."""
     total, dimension = counts.sum(), features.shape[1]
-    origin = torch.from_numpy(centre).float().to(device)
-    moved = torch.zeros(dimension, dtype=torch.float64, device=device)
-    scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
     drawn = np.flatnonzero(counts)
-    for start in range(0, len(drawn), _ROWS_AT_ONCE):
-        rows = drawn[start : start + _ROWS_AT_ONCE]
+    pieces = [drawn[place] for place in slices(0, len(drawn), _ROWS_AT_ONCE)]
+    # About their own mean, not about one of all pictures: where nearly all drawn are alike, as of a collapsed model, the
+    # difference of float32 sums would be rounding alone, and no covariance.
+    mean = sum((counts[rows] @ features[rows].astype(np.float64) for rows in pieces), np.zeros(dimension)) / total  # (D,)
+    origin = torch.from_numpy(mean).float().to(device)
+    scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+    for rows in pieces:
         roots = torch.from_numpy(np.sqrt(counts[rows])).float().to(device)
         weighted = (block_of(features, rows, device) - origin) * roots[:, None]  # (n, D)
-        moved += (weighted * roots[:, None]).sum(dim=0)
         scatter += weighted.T @ weighted  # (D, D)
-    shift = moved.cpu().numpy() / total
-    covariance = (scatter.cpu().numpy() - total * np.outer(shift, shift)) / (total - 1.0)
-    return Statistics(centre + shift, covariance, int(total))
+    return Statistics(mean, scatter.cpu().numpy() / (total - 1.0), int(total))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.frechet import frechet_of_few
+from metrics.frechet import frechet_distance, frechet_of_few, statistics_of
 from metrics.precision_recall import Covered
 
 
 @dataclass(frozen=True)
 class ClassScore:
     """One class: its pictures on either side, its Fréchet distance and the distance's rank among classes (1 is the best).
+
+    Precision and recall are None where it was not computed which pictures lie within a ball.
 
     A distance of some tens of pictures is biased upwards, the more the fewer they are: it serves to compare classes of about
     equal counts with each other, and means nothing beside a distance of whole batches.
@@ -24,8 +27,8 @@ class ClassScore:
     references: int
     distance: float
     rank: int
-    precision: float
-    recall: float
+    precision: float | None
+    recall: float | None
 
 
 def class_scores(
@@ -33,32 +36,49 @@ def class_scores(
     reference_labels: NDArray[np.int64],
     samples: NDArray[np.float32],
     sample_labels: NDArray[np.int64],
-    covered: Covered,
+    covered: Covered | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[ClassScore]:
     """Scores per class, ascending by label, of features (N, D) and (M, D) whose classes are (N,) and (M,).
 
-    Classes with fewer than two pictures on a side have no covariance and are left out. Precision and recall are the shares,
-    within the class, of `covered`: balls of the whole sets, whatever their class.
+    The classes are those of `scored_classes`; `progress` is told each one done. Precision and recall are the shares, within
+    the class, of `covered`: balls of the whole sets, whatever their class.
     """
-    place_of = [_places(labels) for labels in (reference_labels, sample_labels)]
-    labels = [
-        label for label, places in sorted(place_of[0].items()) if len(places) >= 2 and len(place_of[1].get(label, ())) >= 2
-    ]
-    distances = [frechet_of_few(reference[place_of[0][label]], samples[place_of[1][label]]) for label in labels]
+    of_reference, of_samples = _places(reference_labels), _places(sample_labels)
+    labels = scored_classes(reference_labels, sample_labels)
+    distances = []
+    for label in labels:
+        distances.append(_distance(reference[of_reference[label]], samples[of_samples[label]]))
+        if progress:
+            progress(1)
     ranks = np.empty(len(labels), dtype=np.int64)
     ranks[np.argsort(distances, kind="stable")] = np.arange(1, len(labels) + 1)
     return [
         ClassScore(
             label=label,
-            samples=len(place_of[1][label]),
-            references=len(place_of[0][label]),
+            samples=len(of_samples[label]),
+            references=len(of_reference[label]),
             distance=distance,
             rank=int(rank),
-            precision=float(covered.samples[place_of[1][label]].mean()),
-            recall=float(covered.references[place_of[0][label]].mean()),
+            precision=float(covered.samples[of_samples[label]].mean()) if covered else None,
+            recall=float(covered.references[of_reference[label]].mean()) if covered else None,
         )
         for label, distance, rank in zip(labels, distances, ranks, strict=True)
     ]
+
+
+def scored_classes(reference_labels: NDArray[np.int64], sample_labels: NDArray[np.int64]) -> list[int]:
+    """Ascending, the classes with two pictures or more on either side: fewer have no covariance."""
+    occurring = [np.unique(labels, return_counts=True) for labels in (reference_labels, sample_labels)]
+    of_reference, of_samples = (labels[counts >= 2] for labels, counts in occurring)
+    return [int(label) for label in np.intersect1d(of_reference, of_samples)]
+
+
+def _distance(reference: NDArray[np.float32], samples: NDArray[np.float32]) -> float:
+    """The Fréchet distance of (N, D) and (M, D), by the route that takes eigenvalues of the smaller matrix."""
+    if min(len(reference), len(samples)) < reference.shape[1]:
+        return frechet_of_few(reference, samples)
+    return frechet_distance(statistics_of(reference), statistics_of(samples))
 
 
 def _places(labels: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metrics.networks.numerics import float32_products
 from runtime.config import InputError
 
 _ROWS_AT_ONCE = 4_096
@@ -62,10 +63,6 @@ def merge_nearest(nearest: Tensor, rows: slice, distances: Tensor) -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within it, float32 products are float32: no TF32, no bfloat16, whatever the feature network was allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    """Within it, float32 products are float32 and not TF32, whatever the feature network was allowed."""
+    with float32_products(False):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from metrics.class_scores import ClassScore, class_scores
+from metrics.class_scores import ClassScore, class_scores, scored_classes
 from metrics.features import Features
 from metrics.neighbours import nearest_neighbours
 from metrics.pictures import PictureBatch
@@ -33,7 +34,7 @@ def make_report(
     grid = np.zeros((0, 1, 1, 3), np.uint8) if samples is None else samples.take(evenly_spaced(samples.count, GRID))
     neighbours = _neighbours(batches, features, device)
     of_reference, of_samples = (batch.labels for batch in batches)
-    if covered is None or of_reference is None or of_samples is None:
+    if of_reference is None or of_samples is None or any(side.pool is None for side in features):
         return Report(record, grid, neighbours, [], others)
     labels = of_reference, of_samples
     return Report(record, grid, neighbours, _classes(labels, features, covered), others, labels)
@@ -62,9 +63,10 @@ def _neighbours(
 
 
 def _classes(
-    labels: tuple[NDArray[np.int64], NDArray[np.int64]], features: tuple[Features, Features], covered: Covered
+    labels: tuple[NDArray[np.int64], NDArray[np.int64]], features: tuple[Features, Features], covered: Covered | None
 ) -> Sequence[ClassScore]:
     reference, samples = (side.pool for side in features)
     assert reference is not None
     assert samples is not None
-    return class_scores(reference, labels[0], samples, labels[1], covered)
+    with tqdm(total=len(scored_classes(*labels)), desc="classes", unit="class", dynamic_ncols=True) as bar:
+        return class_scores(reference, labels[0], samples, labels[1], covered, bar.update)

@@ -1,9 +1,11 @@
 """Features of a batch: computed a block at a time by any number of processes, kept on disk, and found there the next time.
 
 The cache is a folder of plain files, one subfolder per content of a batch and network. Whatever is in it may be deleted at
-any time: it is computed again. A finished subfolder takes 8 KB per picture and 65 MB (Inception: 2,048 float32 numbers a
-picture, two covariances); while it is filled, 24 KB per picture. A batch or a network that changes gets a subfolder of its
-own and the old one stays.
+any time: it is computed again. A finished subfolder takes 8 KB per picture and 66 MB (Inception: 2,048 float32 numbers a
+picture, two covariances); while it is filled, 24 KB per picture and 66 MB at the peak, when the pool features stand both in
+blocks and in the finished file. A batch or a network that changes gets a subfolder of its own and the old one stays.
+Features that stand finished beside a batch are used from there, whoever computed them, also where this evaluation cannot
+write there: its own subfolder then holds links to them.
 
     <content>-<network>/entry.json       the full hashes of both, and of the two files below once they are finished
                         pool.npy         pool features (N, D) float32
@@ -14,6 +16,7 @@ own and the old one stays.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -22,7 +25,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +46,9 @@ BLOCK = 1_000
 _RECORD, _POOL, _STATISTICS, _BLOCKS = "entry.json", "pool.npy", "statistics.npz", "blocks"
 _FINISHED = (_POOL, _STATISTICS)
 _SECONDS_BETWEEN_LOOKS = 1.0
+# Inception's, the widest of the networks: float32 pool and spatial features of a picture; means and covariances in float64.
+_POOL_BYTES, _SPATIAL_BYTES = 2_048 * 4, 2_023 * 4
+_STATISTICS_BYTES = sum((width + 1) * width * 8 for width in (2_048, 2_023))
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Rows = NDArray[np.float32]
@@ -58,6 +64,8 @@ class Features:
     spatial_statistics: Statistics | None
     entry: Path | None = None
     """Where they stand in the cache."""
+    content: str | None = None
+    """SHA-256 (`pictures.content_hash`) of the batch that they are of, whatever lies at its path by now."""
 
     def kept(self, name: str, compute: Callable[[], Rows]) -> Rows:
         """A number per picture that follows from the pool features alone: from the cache, or computed and put there. (N,)"""
@@ -73,7 +81,8 @@ class Features:
                 pass  # computed again below
         values = compute()
         if path is not None:
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            # An entry of another user takes no further files: computed again the next time.
+            with suppress(PermissionError), atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, values=values)
         return values
 
@@ -98,10 +107,9 @@ def cache_place(batch: PictureBatch, given: str | None) -> Path:
     """The folder for a batch's features: `given`, else NAME.features beside the batch, else one in the user's cache folder.
 
     Makes it, unless the batch has no pictures to compute features of. Raises InputError where `given` cannot be written;
-    that the neighbourhood of the batch cannot be written is printed by the first process.
+    that the neighbourhood of the batch cannot be written is printed by the first process, once.
     """
-    path = Path(os.path.abspath(batch.path))  # not resolved: "beside the batch" is beside the name the user gave
-    beside = path.with_name(f"{path.name}.features")
+    beside = _beside(batch)
     if batch.pictures is None:
         return beside
     if given is not None:
@@ -114,8 +122,18 @@ def cache_place(batch: PictureBatch, given: str | None) -> Path:
         place = cache_folder() / "features"
     check_writable(place, "--cache")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{beside} cannot be written: features are kept in {place} (--cache names another folder)")
+        _print_once(f"{beside} cannot be written: features are kept in {place} (--cache names another folder)")
     return place
+
+
+def _beside(batch: PictureBatch) -> Path:
+    path = Path(os.path.abspath(batch.path))  # not resolved: "beside the batch" is beside the name the user gave
+    return path.with_name(f"{path.name}.features")
+
+
+@functools.cache
+def _print_once(sentence: str) -> None:
+    print(sentence)
 
 
 def extract(
@@ -125,12 +143,13 @@ def extract(
 
     Every process of a launch calls this with its own `share`, and all return the same. The numbers do not depend on the
     number of processes, nor on kills and restarts, to the last bit where batch size and threads per process are equal.
+    Finished features beside the batch serve as well as those in `place`, whoever computed them.
     The cache does not ask for the batch size: features of another one differ by the rounding of float32.
     Statistics in the batch's own file take precedence. `label` names the batch on the screen.
-    Raises InputError for features that are not finite, a damaged batch, and one that changes meanwhile.
+    Raises InputError for features that are not finite, a damaged batch, one that changes meanwhile, and a disk too full.
     """
     if batch.pictures is None or network is None:
-        return Features(None, batch.pool, batch.spatial)
+        return Features(None, batch.pool, batch.spatial, content=content_hash(batch))
     if batch.pictures.count < 2:
         raise InputError(f"{batch.path} holds one picture, and statistics of features need two; use more pictures.")
     with ExitStack() as held:
@@ -141,14 +160,18 @@ def extract(
         entry = place / f"{content[:16]}-{key[:16]}"
         record = {"content": content, "network": key, "description": description(network), "files": {}}
         if share.index == 0:
-            held.enter_context(_hold(entry, label))
-            _prepare(entry, record, label)
+            # A finished entry does not change any more: it needs no lock, which a folder of another user would refuse.
+            if not _finished_files(entry, record):
+                held.enter_context(_hold(entry, label))
+                _prepare(entry, record, label)
+                if not _is_finished(entry) and not _link(_beside(batch) / entry.name, entry, record):
+                    _check_room(entry, batch.pictures.count)
             share.wait()
         # Until the next barrier nobody changes what this asks for, so that all processes take the same way.
         if _is_finished(entry):
             if share.index == 0:
-                print(f"{label}: features found in {entry}")
-            return _read(entry, batch)
+                print(f"{label}: features found in {(entry / _POOL).resolve().parent}")
+            return _read(entry, batch, content)
         _compute(batch, batch.pictures, network, entry, batch_size, label, share)
         share.wait()
         if share.index == 0:
@@ -157,12 +180,15 @@ def extract(
                 raise InputError(f"{batch.path} changed while its features were computed; start again when it is complete.")
             _assemble(entry, record, batch.pictures.count, label)
         share.wait()
-        return _read(entry, batch)
+        return _read(entry, batch, content)
 
 
 def _hold(entry: Path, label: str) -> IO[str]:
-    """The entry's lock. Where another evaluation fills the same entry, waits until that has ended, well or not."""
-    entry.mkdir(parents=True, exist_ok=True)
+    """The entry's lock. Where another evaluation fills the same entry, waits until that has ended, well or not.
+
+    Raises InputError where the entry cannot be written, as one that another user began.
+    """
+    check_writable(entry, "--cache")
     told = False
     while True:
         try:
@@ -209,6 +235,42 @@ def _record_in(entry: Path) -> dict[str, Any] | None:
 def _is_finished(entry: Path) -> bool:
     record = _record_in(entry)
     return record is not None and bool(record["files"])
+
+
+def _link(finished: Path, entry: Path, record: dict[str, Any]) -> bool:
+    """Makes `entry` finished by links to the files of `finished`, another folder's; False where that has no such features.
+
+    By the links every process sees the same entry, though the other folder may be filled or deleted at any time.
+    """
+    files = _finished_files(finished, record)
+    if not files:
+        return False
+    try:
+        for name in _FINISHED:
+            (entry / name).unlink(missing_ok=True)
+            (entry / name).symlink_to(finished / name)
+    except OSError:  # a file system without links: computed as if nothing had been found
+        return False
+    write_json(entry / _RECORD, record | {"files": files})
+    shutil.rmtree(entry / _BLOCKS, ignore_errors=True)
+    return True
+
+
+def _check_room(entry: Path, count: int) -> None:
+    """Raises InputError where the disk has no room for the features of `count` pictures, less the blocks that it holds."""
+    missing = sum(stop - first for first, stop in spans(0, count, BLOCK) if not _block_file(entry, (first, stop)).is_file())
+    needed = missing * (_POOL_BYTES + _SPATIAL_BYTES) + count * _POOL_BYTES + _STATISTICS_BYTES
+    free = shutil.disk_usage(entry).free
+    if free < needed:
+        raise InputError(f"{entry.parent} has {free / 1e9:.1f} GB free, but the features of {count:,} pictures take up to "
+                         f"{needed / 1e9:.1f} GB while they are computed; make room or name a folder on another disk with "
+                         "--cache.")  # fmt: skip
+
+
+def _finished_files(entry: Path, record: dict[str, Any]) -> dict[str, str]:
+    """The files of an entry that is finished, whole and of this batch and network, with their SHA-256; else none."""
+    found = _record_in(entry)
+    return found["files"] if found and _problem(entry, record) is None else {}
 
 
 def _empty(entry: Path) -> None:
@@ -336,10 +398,10 @@ def _named(statistics: Statistics, mean_name: str, covariance_name: str) -> dict
     return {mean_name: statistics.mean, covariance_name: statistics.covariance}
 
 
-def _read(entry: Path, batch: PictureBatch) -> Features:
+def _read(entry: Path, batch: PictureBatch, content: str) -> Features:
     """A finished entry, with what the batch's own file says instead where it says something."""
     rows = np.load(entry / _POOL, mmap_mode="r")
     with np.load(entry / _STATISTICS, allow_pickle=False) as arrays:
         pool = Statistics(arrays["mu"], arrays["sigma"], len(rows))
         spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], len(rows)) if "mu_s" in arrays else None
-    return Features(rows, batch.pool or pool, batch.spatial or spatial, entry)
+    return Features(rows, batch.pool or pool, batch.spatial or spatial, entry, content)

@@ -33,17 +33,6 @@ class Statistics:
     count: int | None = None
 
 
-class Frechet(NamedTuple):
-    """A Fréchet distance, and how well determined it is: the numerical rank of S1 S2, at most `dimensions`.
-
-    A covariance of N vectors has at most the rank N - 1; a distance of lower rank than `dimensions` is biased upwards.
-    """
-
-    distance: float
-    rank: int
-    dimensions: int
-
-
 class Factor(NamedTuple):
     """F with F F' = a covariance, (D, D), but for negative eigenvalues of at most `lost` in size, which were rounding."""
 
@@ -110,12 +99,7 @@ def statistics_of(features: NDArray[np.floating]) -> Statistics:
     return accumulator.statistics()
 
 
-def frechet_distance(first: Statistics, second: Statistics) -> float:
-    """The distance alone of `frechet`."""
-    return frechet(first, second).distance
-
-
-def frechet(first: Statistics, second: Statistics, factor: Factor | None = None) -> Frechet:
+def frechet_distance(first: Statistics, second: Statistics, factor: Factor | None = None) -> float:
     """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, equation 6).
 
     With S1 = F F', S1 S2 has the eigenvalues of the symmetric F' S2 F, so the trace of its root needs symmetric eigenvalues
@@ -135,17 +119,27 @@ def frechet(first: Statistics, second: Statistics, factor: Factor | None = None)
     _check_eigenvalues(eigenvalues, product, first.covariance, second.covariance, factor.lost * traces[1])
     roots = np.sqrt(_non_negative(eigenvalues, traces[0] * traces[1]))
     shift = first.mean - second.mean
-    distance = float(shift @ shift + traces[0] + traces[1] - 2.0 * roots.sum())
-    dimensions = len(first.mean)
-    rank = int((eigenvalues > dimensions * np.finfo(np.float64).eps * eigenvalues[-1]).sum())
-    return Frechet(max(distance, 0.0), rank, dimensions)
+    return max(float(shift @ shift + traces[0] + traces[1] - 2.0 * roots.sum()), 0.0)
+
+
+def rank_of(statistics: Statistics) -> int:
+    """The numerical rank of a covariance: how many of its D eigenvalues exceed D * 2.2e-16 of the largest.
+
+    A covariance of N vectors has at most the rank N - 1, and the Fréchet distance of a lower rank than D is biased upwards.
+    Rounding leaves the missing eigenvalues near 1e-16 of the largest; the least of a healthy covariance of features stands
+    far above. Rounding of a covariance that was stored in float32 leaves them near 1e-8 and hides the deficiency.
+    Costs one set of eigenvalues, so `Statistics.count` is to be asked first. Raises InputError for what is no covariance.
+    """
+    eigenvalues = scipy.linalg.eigvalsh(_checked(statistics.covariance))
+    threshold = len(eigenvalues) * np.finfo(np.float64).eps * eigenvalues[-1]
+    return int((eigenvalues > threshold).sum())
 
 
 def frechet_of_few(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """The Fréchet distance between two sets of vectors, (N, D) and (M, D), at a cost that suits N, M << D.
+    """The Fréchet distance between two sets of vectors, (N, D) and (M, D), at a cost that suits N or M below D.
 
-    With centred rows X1 and X2, S1 = X1' X1 / (N - 1), and S1 S2 has the non-zero eigenvalues of A A' with
-    A = X1 X2' / ((N - 1) (M - 1))^(1/2), so Tr (S1 S2)^(1/2) is the nuclear norm of A: an N x M matrix instead of D x D.
+    With centred rows X1 and X2, S1 = X1' X1 / (N - 1), and S1 S2 has the non-zero eigenvalues of A A' and of A' A with
+    A = X1 X2' / ((N - 1) (M - 1))^(1/2), N x M: the smaller of the two products takes the place of a D x D matrix.
     Raises InputError below two vectors on a side, or for vectors that are not finite.
     """
     if min(len(first), len(second)) < 2:
@@ -157,10 +151,12 @@ def frechet_of_few(first: NDArray[np.floating], second: NDArray[np.floating]) ->
             raise InputError("the features hold numbers that are not finite; check the network's weights file.")
         means.append(vectors.mean(axis=0))
         deviations.append((vectors - means[-1]) / np.sqrt(len(vectors) - 1))
-    root_trace = scipy.linalg.svdvals(deviations[0] @ deviations[1].T).sum()
+    fewer, more = sorted(deviations, key=len)
+    between = fewer @ more.T  # (fewer, more)
+    traces = [float((rows * rows).sum()) for rows in deviations]
+    roots = np.sqrt(_non_negative(scipy.linalg.eigvalsh(between @ between.T), traces[0] * traces[1]))
     shift = means[0] - means[1]
-    traces = sum(float((rows * rows).sum()) for rows in deviations)
-    return max(float(shift @ shift + traces - 2.0 * root_trace), 0.0)
+    return max(float(shift @ shift + sum(traces) - 2.0 * roots.sum()), 0.0)
 
 
 def factor_of(covariance: NDArray[np.float64]) -> Factor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zipfile
 import zlib
@@ -57,7 +58,8 @@ def stored_at(path: Path, member: Member) -> int | None:
 def read_statistics(path: Path, names: set[str], mean_name: str, covariance_name: str) -> Statistics | None:
     """Mean and covariance of features, with the number of pictures they are of (`count`) where the file tells it.
 
-    Raises InputError for half of a pair, wrong shapes and numbers that are not finite.
+    Headers are looked at before memory is spent. Raises InputError for half of a pair, wrong shapes and numbers that are not
+    finite.
     """
     present = {mean_name, covariance_name} & names
     if not present:
@@ -65,17 +67,16 @@ def read_statistics(path: Path, names: set[str], mean_name: str, covariance_name
     if len(present) == 1:
         (missing,) = {mean_name, covariance_name} - names
         raise InputError(f"{path} holds {present.pop()} without {missing}; store both or neither.")
+    sizes = [_numbers(path, name) for name in (mean_name, covariance_name)]
+    if len(sizes[0]) != 1 or sizes[1] != sizes[0] * 2:
+        raise InputError(f"{path}: {mean_name} has the shape {sizes[0]} and {covariance_name} the shape {sizes[1]}; (D,) and "
+                         "(D, D) are needed.")  # fmt: skip
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean = np.asarray(arrays[mean_name], dtype=np.float64)
             covariance = np.asarray(arrays[covariance_name], dtype=np.float64)
-    except (ValueError, TypeError, OSError, *DAMAGE) as error:
+    except (ValueError, MemoryError, OSError, *DAMAGE) as error:
         raise InputError(f"{path}: {mean_name} or {covariance_name} cannot be read ({one_line(error)}).") from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise InputError(
-            f"{path}: {mean_name} has the shape {mean.shape} and {covariance_name} the shape {covariance.shape}; "
-            "(D,) and (D, D) are needed."
-        )
     if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
         raise InputError(f"{path}: {mean_name} or {covariance_name} holds numbers that are not finite.")
     return Statistics(mean, covariance, _read_count(path) if "count" in names else None)
@@ -118,6 +119,17 @@ def _read_count(path: Path) -> int:
     if value.dtype.kind not in "iu" or value.size != 1 or value.item() < 1:
         raise _unfit(path, "count", value, needed)
     return int(value.item())
+
+
+def _numbers(path: Path, name: str) -> tuple[int, ...]:
+    """The shape of an array of numbers, from its headers. Raises InputError where the archive does not hold so many."""
+    member = find_member(path, name)
+    if member.dtype.kind not in "iuf":
+        raise _unfit(path, name, member, "numbers")
+    # A header may declare an array of terabytes, which would be allocated before the first value is missed.
+    if member.info.file_size != member.header_size + math.prod(member.shape) * member.dtype.itemsize:
+        raise InputError(f"{path}: {name} is cut short; write the file again.")
+    return member.shape
 
 
 def _read_small(path: Path, name: str, largest: int, needed: str) -> NDArray[Any]:

@@ -14,12 +14,14 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +37,9 @@ _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".
 _PIECE = 1 << 20
 _WORTH_A_BAR = 1 << 30
 _SETTLED_SECONDS = 2.0
+_AHEAD = 64
+
+Result = TypeVar("Result")
 
 
 class Pictures(Protocol):
@@ -47,6 +52,11 @@ class Pictures(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """The files that hold them, relative to the batch's path; "" is the path itself."""
+        ...
+
+    @property
+    def preparation(self) -> str:
+        """What is done to the content of the files, such as a crop; "" where they are used as they are."""
         ...
 
     def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
@@ -122,6 +132,7 @@ class NpzPictures:
     """
 
     names = ("",)
+    preparation = ""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -201,6 +212,8 @@ class NpzPictures:
 class FolderPictures:
     """The PNGs of one folder, subfolders apart, in the order of their numbers (2.png before 10.png). Implements `Pictures`."""
 
+    preparation = ""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         with os.scandir(path) as entries:
@@ -224,9 +237,9 @@ class FolderPictures:
 
     def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
         """As `Pictures.pieces`. Raises InputError naming the first file that cannot be decoded."""
-        with ThreadPoolExecutor() as threads:
-            for first, stop in ranges:
-                yield np.stack(list(threads.map(_decode, [self._path / name for name in self.names[first:stop]])))
+        pictures = _in_order(_decode, (self._path / name for first, stop in ranges for name in self.names[first:stop]))
+        for first, stop in ranges:
+            yield np.stack(list(islice(pictures, stop - first)))
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
         """As `Pictures.batches`."""
@@ -236,17 +249,16 @@ class FolderPictures:
         """As `Pictures.take`."""
         wanted = _checked_indices(indices, self.count)
         taken = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
-        with ThreadPoolExecutor() as threads:
-            for row, picture in enumerate(threads.map(_decode, [self._path / self.names[index] for index in wanted])):
-                taken[row] = picture
+        for row, picture in enumerate(_in_order(_decode, [self._path / self.names[index] for index in wanted])):
+            taken[row] = picture
         return taken
 
     def digest(self) -> str:
         """SHA-256 over name, length and content of each PNG, in order."""
         digest = hashlib.sha256()
         with _bar(sum((self._path / name).stat().st_size for name in self.names), self._path) as bar:
-            for name in self.names:
-                content = (self._path / name).read_bytes()
+            contents = _in_order(Path.read_bytes, (self._path / name for name in self.names))
+            for name, content in zip(self.names, contents, strict=True):
                 digest.update(f"{name}\0{len(content)}\0".encode() + content)
                 bar.update(len(content))
         return digest.hexdigest()
@@ -274,7 +286,8 @@ def content_hash(batch: PictureBatch, memory: Path | None = None) -> str:
     if not unchanged:
         raise InputError(f"{batch.path} changed while it was read; start again when it is complete.")
     if note and time.time() - state.latest > _SETTLED_SECONDS:
-        write_json(note, {"path": place, "state": state.text, "sha256": content})
+        with suppress(PermissionError):  # a note of another user, in a folder for all: hashed again the next time
+            write_json(note, {"path": place, "state": state.text, "sha256": content})
     return content
 
 
@@ -288,8 +301,8 @@ class ContentState(NamedTuple):
 def content_state(batch: PictureBatch) -> ContentState:
     """Names, sizes and times of a batch's files: two states differ when something was written between them."""
     pictures = batch.pictures
-    # The pictures of one folder may be cropped to one size or another.
-    digest, latest = hashlib.sha256(f"{pictures.height} {pictures.width}\0".encode() if pictures else b""), 0
+    # The pictures of one folder may be cropped to one size or another, and by a rule that is mended later.
+    digest, latest = hashlib.sha256(f"{pictures.preparation}\0".encode() if pictures else b""), 0
     for name in pictures.names if pictures else [""]:
         try:
             found = os.stat(batch.path / name)
@@ -312,6 +325,18 @@ def _remembered(note: Path) -> dict[str, Any]:
 
 def _bar(total: int, path: Path) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc=f"{path.name}: hashing the content", disable=total < _WORTH_A_BAR)
+
+
+def _in_order(function: Callable[[Path], Result], files: Iterable[Path]) -> Iterator[Result]:
+    """`function` of each file, in order, computed by threads up to `_AHEAD` files ahead."""
+    coming: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor() as threads:
+        for file in files:
+            coming.append(threads.submit(function, file))
+            if len(coming) > _AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _checked_indices(indices: ArrayLike, count: int) -> NDArray[np.int64]:

@@ -20,6 +20,9 @@ from torch import Tensor
 from metrics.distances import block_of, check_features, check_neighbours, full_precision, merge_nearest, slices
 
 NEIGHBOURS = 3
+# Under this name radii stay in the cache of features, which knows the pictures and the network but not this code: a change
+# of anything here or in metrics.distances that changes a radius must come with a new version, or old radii are taken for new.
+RADII_NAME = f"radii-half-{NEIGHBOURS}-v1"
 # The block is ADM's, because it is the unit that falls back to float32; the tile only bounds memory.
 _BLOCK = 10_000
 _TILE = 500

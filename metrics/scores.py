@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from metrics.bootstrap import Interval, frechet_interval, inception_score_interval, kernel_interval, mean_interval
+from metrics.density_coverage import NEIGHBOURS as DENSITY_NEIGHBOURS
 from metrics.density_coverage import DensityCoverage, density_coverage
 from metrics.density_coverage import pair_count as density_pair_count
 from metrics.features import Features
-from metrics.frechet import Statistics, frechet
+from metrics.frechet import Statistics, frechet_distance, rank_of
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import SUBSETS, KernelDistance, kernel_distance
-from metrics.precision_recall import NEIGHBOURS, Covered, covered, neighbour_radii
+from metrics.precision_recall import NEIGHBOURS, RADII_NAME, Covered, covered, neighbour_radii
 
 TITLES = {
     "fid": "FID",
@@ -56,6 +58,7 @@ class Scores:
         """Records that `keys` could not be computed, and why."""
         for key in keys:
             self.values[key], self.not_computed[key] = None, reason
+            self.intervals.pop(key, None)
 
 
 def score(
@@ -83,6 +86,8 @@ def score(
         _pairwise(scores, of_both, reference, samples, device)
     if repeats and samples.pool is not None:
         _intervals(scores, reference, samples.pool, head, repeats, device)
+    infinite = [key for key, value in scores.values.items() if value is not None and not math.isfinite(value)]
+    scores.leave_out(infinite, "the result is not a finite number; the statistics or the class weights hold absurd values")
     scores.values = {key: scores.values[key] for key in TITLES if key in scores.values}
     return scores
 
@@ -92,25 +97,23 @@ def _frechet(scores: Scores, keys: set[str], reference: Statistics | None, sampl
         if reference is None or samples is None:
             scores.leave_out([key], f"a batch holds neither pictures nor {stored_as}")
             continue
-        result = frechet(reference, samples)
-        scores.values[key] = result.distance
-        scores.warnings += _rank_warnings(TITLES[key], reference, samples, result.rank)
+        scores.values[key] = frechet_distance(reference, samples)
+        for role, statistics in (("reference", reference), ("sample", samples)):
+            if why := _deficiency(statistics):
+                scores.warnings.append(f"{TITLES[key]}: the {role} batch {why}; the value is biased upwards and not comparable "
+                                       "with published ones (50,000 samples).")  # fmt: skip
 
 
-def _rank_warnings(title: str, reference: Statistics, samples: Statistics, rank: int) -> list[str]:
-    dimensions = len(reference.mean)
-    consequence = "the value is biased upwards and not comparable with published ones (50,000 samples)."
-    few = [
-        f"{title}: the {role} batch holds {statistics.count:,} pictures, too few for a covariance over {dimensions:,} feature "
-        f"dimensions; {consequence}"
-        for role, statistics in (("reference", reference), ("sample", samples))
-        if statistics.count is not None and statistics.count <= dimensions
-    ]
-    unknown = reference.count is None or samples.count is None
-    if not few and unknown and rank < dimensions:
-        few.append(f"{title}: the covariances have only {rank:,} of {dimensions:,} dimensions in common, as from too few "
-                   f"pictures; {consequence}")  # fmt: skip
-    return few
+def _deficiency(statistics: Statistics) -> str | None:
+    """Why a batch's covariance is of too few pictures, in words; None where it is not."""
+    dimensions = len(statistics.mean)
+    if statistics.count is not None:
+        few = statistics.count <= dimensions
+        text = f"holds {statistics.count:,} pictures, too few for a covariance over {dimensions:,} feature dimensions"
+        return text if few else None
+    rank = rank_of(statistics)
+    text = f"has a covariance of rank {rank:,} over {dimensions:,} feature dimensions, as from too few pictures"
+    return text if rank < dimensions else None
 
 
 def _inception_score(scores: Scores, pool: NDArray[np.float32] | None, head: NDArray[np.float32] | None) -> None:
@@ -129,19 +132,32 @@ def _pairwise(
     reference, samples = of_reference.pool, of_samples.pool
     assert reference is not None
     assert samples is not None
-    if {"precision", "recall"} & set(keys):
+    counts = len(reference), len(samples)
+    if _computable(scores, keys, ("precision", "recall"), counts, (NEIGHBOURS + 1, NEIGHBOURS + 1)):
         radii = _radii(of_reference, "reference", device), _radii(of_samples, "samples", device)
         with _bar("precision and recall", "pair", len(reference) * len(samples)) as bar:
             scores.covered = covered(reference, samples, progress=bar.update, device=device, radii=radii)
-        _means(scores, keys, precision=scores.covered.samples, recall=scores.covered.references)
-    if distances := {"kid", "kdd"} & set(keys):
+        _means(scores, keys, {"precision": scores.covered.samples, "recall": scores.covered.references})
+    if distances := _computable(scores, keys, ("kid", "kdd"), counts, (2, 2)):
         with _bar("kernel distance", "subset", SUBSETS) as bar:
             scores.kernel = kernel_distance(reference, samples, progress=bar.update, device=device)
         scores.values |= dict.fromkeys(distances, scores.kernel.mean)
-    if {"density", "coverage"} & set(keys):
+    if _computable(scores, keys, ("density", "coverage"), counts, (DENSITY_NEIGHBOURS + 1, 1)):
         with _bar("density and coverage", "pair", density_pair_count(len(reference), len(samples))) as bar:
             scores.density = density_coverage(reference, samples, progress=bar.update, device=device)
-        _means(scores, keys, density=scores.density.density, coverage=scores.density.coverage)
+        _means(scores, keys, {"density": scores.density.density, "coverage": scores.density.coverage})
+
+
+def _computable(
+    scores: Scores, keys: Collection[str], group: tuple[str, ...], counts: tuple[int, int], least: tuple[int, int]
+) -> list[str]:
+    """The `keys` that are of `group`; left out, and none, where (reference, samples) hold too few pictures for them."""
+    wanted = [key for key in group if key in keys]
+    for role, count, needed in zip(("reference", "sample"), counts, least, strict=True):
+        if wanted and count < needed:
+            scores.leave_out(wanted, f"the {role} batch has too few pictures ({count}; at least {needed} are needed)")
+            return []
+    return wanted
 
 
 def _radii(features: Features, role: str, device: torch.device) -> NDArray[np.float32]:
@@ -153,7 +169,7 @@ def _radii(features: Features, role: str, device: torch.device) -> NDArray[np.fl
         with _bar(f"{role}: nearest neighbours", "pair", len(pool) ** 2) as bar:
             return neighbour_radii(pool, progress=bar.update, device=device)
 
-    return features.kept(f"radii-half-{NEIGHBOURS}", compute)
+    return features.kept(RADII_NAME, compute)
 
 
 def _intervals(
@@ -164,7 +180,7 @@ def _intervals(
     repeats: int,
     device: torch.device,
 ) -> None:
-    """The intervals of the scores that stand; `metrics.bootstrap` says why sFID has none."""
+    """The intervals of the scores that stand; `metrics.bootstrap` says why sFID, recall and coverage have none."""
     for key in ("fid", "fdd"):
         distance = scores.values.get(key)
         if distance is not None and reference.pool_statistics is not None:
@@ -175,21 +191,17 @@ def _intervals(
     inception = scores.values.get("inception_score")
     if inception is not None and head is not None:
         scores.intervals["inception_score"] = inception_score_interval(samples, head, inception, repeats=repeats)
-    per_picture: dict[str, NDArray[np.bool_] | NDArray[np.float32]] = {}
-    if scores.covered:
-        per_picture |= {"precision": scores.covered.samples, "recall": scores.covered.references}
-    if scores.density:
-        per_picture |= {"density": scores.density.density, "coverage": scores.density.coverage}
-    for key, values in per_picture.items():
-        if key in scores.values:
-            scores.intervals[key] = mean_interval(values, repeats)
+    if scores.covered and "precision" in scores.values:
+        scores.intervals["precision"] = mean_interval(scores.covered.samples, repeats)
+    if scores.density and "density" in scores.values:
+        scores.intervals["density"] = mean_interval(scores.density.density, repeats)
     for key in ("kid", "kdd"):
         if scores.kernel and key in scores.values and reference.pool is not None:
             interval = kernel_interval(scores.kernel, len(reference.pool), len(samples))
             scores.intervals |= {key: interval} if interval else {}
 
 
-def _means(scores: Scores, keys: Collection[str], **per_picture: NDArray[np.bool_] | NDArray[np.float32]) -> None:
+def _means(scores: Scores, keys: Collection[str], per_picture: Mapping[str, NDArray[np.bool_] | NDArray[np.float32]]) -> None:
     scores.values |= {key: float(values.mean(dtype=np.float64)) for key, values in per_picture.items() if key in keys}
 
 

@@ -225,7 +225,9 @@ def _metavar(annotation: Any) -> str:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's `main` and exits: 0, or 2 and one sentence for a wrong input, 1 for a full disk, 130 for Ctrl-C."""
+    """Runs a script's `main` and exits: 0, or 2 and one sentence for a wrong input or a file out of reach, 1 for a full disk,
+    130 for Ctrl-C.
+    """
     script = Path(sys.argv[0]).name
     rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ else ""
     try:
@@ -241,6 +243,10 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         if isinstance(error, BrokenPipeError):  # whoever read our output has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+            print(f"{script}{rank}: error: {error.filename}: {error.strerror}; check the name and who may read and write it.",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" ({error.filename})" if error.filename else ""

@@ -66,7 +66,10 @@ def lock(folder: Path, busy: str) -> IO[str]:
 
     Raises InputError `busy` where another process holds it.
     """
-    handle = open(folder / ".lock", "a+")  # noqa: SIM115
+    try:
+        handle = open(folder / ".lock", "a+")  # noqa: SIM115
+    except PermissionError:
+        raise InputError(f"{folder} belongs to another user and cannot be written; name another folder.") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

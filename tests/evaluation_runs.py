@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from small_runs import Result
 
+from metrics.networks.adm import ADM_NAME
 from metrics.networks.graph import Node, write_graph
 from metrics.networks.weight_files import GRAPH_NAME
 
@@ -17,7 +18,7 @@ NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "densit
 class SmallNetwork:
     """Mean colours of the four quarters as pool features (12), the first row's pixels as spatial ones."""
 
-    name, protocol, backend, distance_name = "ADM stand-in", "no preparation", "NumPy float32", "FID"
+    name, protocol, backend, distance_name = ADM_NAME, "no preparation", "NumPy float32", "FID"
     sha256 = "5" * 64
     head = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
 

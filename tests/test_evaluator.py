@@ -165,7 +165,11 @@ def test_statistics_of_another_network_are_not_used(
     assert scores_in(tmp_path / "scores.json", ADM) == pytest.approx(expected, rel=1e-6)
     assert "so the statistics were computed anew" in ended.out
     sentence = refused(call("evaluator", tmp_path / "alone.npz", batches[1]))
-    assert re.search("alone.npz holds statistics of .* alone, which do not compare with ADM stand-in", sentence)
+    assert re.search(r"alone.npz holds nothing but statistics of .*, which do not compare with ADM Inception", sentence)
+    # The samples' side no less than the reference's.
+    evaluate(batches[0], tmp_path / "both.npz", "--json", tmp_path / "scores.json")
+    expected = direct_scores(random_pictures(70, seed=0), random_pictures(70, seed=0))
+    assert scores_in(tmp_path / "scores.json", ADM) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_statistics_without_a_name_are_adms(
@@ -173,9 +177,101 @@ def test_statistics_without_a_name_are_adms(
 ) -> None:
     """Published references do not say what made them: another network must not be compared with them."""
     np.savez(tmp_path / "published.npz", mu=np.zeros(12), sigma=np.eye(12))
-    evaluate(tmp_path / "published.npz", batches[1])
+    assert "taken to be of ADM Inception" in evaluate(tmp_path / "published.npz", batches[1]).out  # mu_s is missing
     monkeypatch.setattr(SmallNetwork, "name", "another Inception")
-    assert "the file does not say so" in refused(call("evaluator", tmp_path / "published.npz", batches[1]))
+    sentence = refused(call("evaluator", tmp_path / "published.npz", batches[1]))
+    assert "a network that the file does not name" in sentence
+    assert "--trust-statistics" in sentence
+    evaluate(tmp_path / "published.npz", batches[1], "--trust-statistics")
+
+
+def statistics_file(path: Path, **entries: object) -> Path:
+    np.savez(path, mu=np.zeros(12), sigma=np.eye(12), **entries)
+    return path
+
+
+def test_statistics_of_other_dimensions_are_refused_before_the_work(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    sentence = refused(call("evaluator", tmp_path / "other.npz", batches[1]))
+    assert "mu and sigma are of 7 dimensions, where ADM Inception (2015) has 12" in sentence
+    assert not (tmp_path / "samples.npz.features").exists()
+
+
+def test_two_files_of_statistics_must_be_of_one_network(refuse: Callable[..., str], tmp_path: Path) -> None:
+    inception = description(SmallNetwork())
+    dino = inception | {"name": "DINOv2 ViT-L/14", "distance": "FDD"}
+    stamped = {name: statistics_file(tmp_path / f"{name}.npz", network=json.dumps(stamp)) for name, stamp in
+               {"adm": inception, "dino": dino, "other": inception | {"sha256": "6" * 64}}.items()}  # fmt: skip
+    unnamed = statistics_file(tmp_path / "unnamed.npz")
+    for pair in ((stamped["adm"], stamped["dino"]), (stamped["adm"], stamped["other"]), (unnamed, stamped["dino"])):
+        sentence = refuse(*pair)
+        assert "of different networks" in sentence
+        assert "DINOv2" in sentence or "6666" in sentence
+    ended = succeed("evaluator", stamped["dino"], stamped["dino"], "--json", tmp_path / "scores.json")
+    assert re.search(r"^FDD +0.0000$", ended.out, re.MULTILINE)
+    assert json.loads((tmp_path / "scores.json").read_text())["network"] == dino
+    succeed("evaluator", stamped["adm"], unnamed)
+
+
+def test_the_hash_is_of_what_was_scored(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, score = sha256(batches[1]), evaluator.score
+
+    def meanwhile(*arguments: object) -> object:
+        np.savez(batches[1], arr_0=random_pictures(50, seed=9))
+        return score(*arguments)
+
+    monkeypatch.setattr(evaluator, "score", meanwhile)
+    words = (*batches, "--json", tmp_path / "scores.json")
+    evaluate(*words)
+    assert json.loads((tmp_path / "scores.json").read_text())["samples"]["sha256"] == before != sha256(batches[1])
+    np.savez(batches[1], arr_0=random_pictures(50, seed=1))
+    assert "changed while it was evaluated" in call("evaluator", *words, "--report", tmp_path / "report").err
+    assert not (tmp_path / "report" / "index.html").exists()
+
+
+def test_statistics_that_suffice_spare_the_reference_the_network(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "with.npz", arr_0=random_pictures(70), mu=np.zeros(12), sigma=np.eye(12))
+    evaluate(tmp_path / "with.npz", batches[1], "--metrics", "fid,is")
+    assert not (tmp_path / "with.npz.features").exists()
+    evaluate(tmp_path / "with.npz", batches[1], "--metrics", "fid,prc")
+    assert (tmp_path / "with.npz.features").exists()
+
+
+def test_nothing_of_the_users_is_replaced(refuse: Callable[..., str], batches: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "pngs").mkdir()
+    Image.fromarray(random_pictures(1)[0]).save(tmp_path / "pngs" / "0.png")
+    Image.fromarray(random_pictures(1)[0]).save(tmp_path / "pngs" / "1.png")
+    (tmp_path / "samples.json").write_text('{"sampler": "ddpm"}')
+    for target in (*batches, tmp_path / "samples.json"):
+        content = target.read_bytes()
+        assert "it would be replaced" in refuse(*batches, "--json", target)
+        assert target.read_bytes() == content
+    assert "holds the pictures themselves" in refuse(batches[0], tmp_path / "pngs", "--report", tmp_path / "pngs")
+
+
+def test_a_protocol_with_numbers_json_does_not_know(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "samples.json").write_text('\ufeff{"loss": NaN, "note": "a\\nFID              0.0001"}', encoding="utf-8")
+    ended = evaluate(*batches, "--json", tmp_path / "scores.json")
+    assert json.loads((tmp_path / "scores.json").read_text())["protocol"]["loss"] == "NaN"
+    assert not re.search(r"^FID +0.0001", ended.out, re.MULTILINE)
+
+
+def test_the_current_folder_is_a_batch(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pngs").mkdir()
+    for index, picture in enumerate(random_pictures(12)):
+        Image.fromarray(picture).save(tmp_path / "pngs" / f"{index}.png")
+    monkeypatch.chdir(tmp_path / "pngs")
+    assert "12 pictures of 8 x 8" in evaluate(batches[0], ".").out
 
 
 def test_a_chosen_score_alone_is_computed(evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path) -> None:
@@ -187,7 +283,8 @@ def test_a_chosen_score_alone_is_computed(evaluate: Callable[..., Result], batch
 def test_intervals_stand_with_the_scores(evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path) -> None:
     ended = evaluate(*batches, "--bootstrap", 20, "--json", tmp_path / "scores.json")
     record = json.loads((tmp_path / "scores.json").read_text())
-    assert {"fid", "inception_score", "precision", "recall", "density", "coverage"} <= set(record["intervals"])
+    assert {"fid", "inception_score", "precision", "density"} <= set(record["intervals"])
+    assert not {"sfid", "recall", "coverage"} & set(record["intervals"])
     for name, (low, high) in record["intervals"].items():
         assert low <= record[name] <= high
         assert low < high or record[name] == 1
@@ -242,7 +339,7 @@ def test_bad_input_is_one_sentence_before_the_network(
     good, _ = batches
     (tmp_path / "text.npz").write_text("some words")
     np.savez(tmp_path / "other.npz", images=random_pictures(8))
-    np.savez(tmp_path / "few.npz", arr_0=random_pictures(3))
+    np.savez(tmp_path / "one.npz", arr_0=random_pictures(1))
     np.savez(tmp_path / "large.npz", arr_0=random_pictures(8, side=16))
     np.savez(tmp_path / "float.npz", arr_0=random_pictures(8).astype(np.float32))
     np.savez(tmp_path / "grey.npz", arr_0=random_pictures(8)[..., :1])
@@ -251,7 +348,7 @@ def test_bad_input_is_one_sentence_before_the_network(
         "missing.npz": "no such file or folder",
         "text.npz": "is not a readable npz file",
         "other.npz": "holds images, but neither pictures (arr_0) nor statistics",
-        "few.npz": "holds 3 pictures; precision and recall need at least 4",
+        "one.npz": "holds one picture",
         "large.npz": "the reference's pictures are 8 x 8 pixels",
         "float.npz": "arr_0 is float32; pictures must be uint8",
         "grey.npz": "store RGB pictures",
@@ -260,7 +357,17 @@ def test_bad_input_is_one_sentence_before_the_network(
         sentence = refuse("--ref_batch", good, "--sample_batch", tmp_path / name)
         assert message in sentence
         assert name in sentence
-    assert "few.npz holds 3 pictures" in refuse(tmp_path / "few.npz", good)
+    assert "one.npz holds one picture" in refuse(tmp_path / "one.npz", good)
+
+
+def test_few_pictures_cost_only_the_scores_that_need_more(
+    evaluate: Callable[..., Result], batches: tuple[Path, Path], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "few.npz", arr_0=random_pictures(5))
+    ended = evaluate(tmp_path / "few.npz", batches[1], "--json", tmp_path / "scores.json")
+    scores = scores_in(tmp_path / "scores.json")
+    assert [name for name in NAMES if scores[name] is None] == ["density", "coverage"]
+    assert re.search(r"^Density +not computed: ", ended.out, re.MULTILINE)
 
 
 def test_bad_command_lines(refuse: Callable[..., str], batches: tuple[Path, Path], tmp_path: Path) -> None:
@@ -281,16 +388,17 @@ def test_bad_command_lines(refuse: Callable[..., str], batches: tuple[Path, Path
     assert "leave --tf32 out" in refuse(reference, samples, "--tf32", "--backend", "tensorflow")
     assert "adm gives no score 'fdd'; did you mean 'fid'" in refuse(reference, samples, "--metrics", "fdd")
     assert "--bootstrap must be" in refuse(reference, samples, "--bootstrap", 1)
+    assert f"2 to {evaluator.MOST_RESAMPLINGS}" in refuse(reference, samples, "--bootstrap", 10**9)
     assert "name its folder with --report" in refuse(reference, samples, "--compare", samples)
-    assert "cannot be read as scores" in refuse(reference, samples, "--report", tmp_path / "r", "--compare", samples)
+    assert "cannot be read as scores" in refuse("--compare", samples, reference, samples, "--report", tmp_path / "r")
     (tmp_path / "odd.json").write_text("[1]")
-    assert "odd.json holds no scores" in refuse(
+    assert "odd.json cannot be read as scores (it holds list" in refuse(
         reference, samples, "--report", tmp_path / "r", "--compare", tmp_path / "odd.json"
     )
     (tmp_path / "samples.json").write_text("{broken")
     assert "cannot be read as the samples' protocol record" in refuse(reference, samples)
     (tmp_path / "samples.json").write_text("[1]")
-    assert "is no protocol record" in refuse(reference, samples)
+    assert "protocol record (it holds list" in refuse(reference, samples)
 
 
 def test_wrong_weights_are_one_sentence(batches: tuple[Path, Path], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_statistics_and_evenly_spaced_pictures(make: Callable[..., Result], sour
         np.testing.assert_array_equal(written["arr_1"], np.arange(0, 70, 7) % 7)
         assert written["count"] == 70
         assert json.loads(str(written["network"])) == description(SmallNetwork())
-    assert "reference.npz: mu, sigma, mu_s, sigma_s by ADM stand-in of 70 pictures, 10 of them kept" in ended.out
+    assert "reference.npz: mu, sigma, mu_s, sigma_s by ADM Inception (2015) of 70 pictures, 10 of them kept" in ended.out
 
 
 def test_a_comparison_takes_the_whole_sets_statistics(make: Callable[..., Result], source: Path, tmp_path: Path) -> None:
@@ -70,6 +70,16 @@ def test_a_comparison_takes_the_whole_sets_statistics(make: Callable[..., Result
     for name in ("fid", "sfid", "inception_score"):
         assert of_reference[name] == pytest.approx(of_source[name], rel=1e-9)
     assert of_reference["density"] != of_source["density"]  # of the pictures that were kept
+
+
+def test_statistics_in_the_source_are_not_passed_on(make: Callable[..., Result], tmp_path: Path) -> None:
+    """They may be of another network, and would stand under this one's name."""
+    other = {"mu": np.full(12, 7.0), "sigma": np.eye(12), "mu_s": np.full(12, 7.0), "sigma_s": np.eye(12)}
+    np.savez(tmp_path / "source.npz", arr_0=random_pictures(70), **other)
+    make(tmp_path / "source.npz", tmp_path / "reference.npz")
+    expected = statistics_of(SmallNetwork().activations(random_pictures(70))[0])
+    with np.load(tmp_path / "reference.npz") as written:
+        np.testing.assert_allclose(written["mu"], expected.mean, rtol=1e-12)
 
 
 def test_no_pictures_kept(make: Callable[..., Result], source: Path, tmp_path: Path) -> None:

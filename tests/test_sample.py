@@ -71,7 +71,7 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_pngs_and_npz_hold_the_same_pictures(words: list[str], tmp_path: Path) -> None:
     said = succeed("sample_ddp", *words).out
     with np.load(tmp_path / "set.npz") as archive:
-        assert archive.files == ["arr_0"]
+        assert archive.files == ["arr_0", "arr_1"]
         packed = archive["arr_0"]
     assert packed.shape == (COUNT, 8, 8, 3)
     assert packed.dtype == np.uint8
@@ -150,6 +150,8 @@ def test_labels_reach_the_network(words: list[str], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sampling, "sample_latents", noting)
     succeed("sample_ddp", *words, "--labels", "balanced")
     assert torch.cat(asked)[:COUNT].tolist() == [index % 4 for index in range(COUNT)]
+    with np.load(tmp_path / "set.npz") as archive:
+        assert archive["arr_1"].tolist() == [index % 4 for index in range(COUNT)]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

@@ -21,6 +21,10 @@ from runtime.config import InputError, nearest
 NETWORKS = ("adm", "torch-fidelity", "pytorch-fid", "dinov2")
 BACKENDS = ("torch", "tensorflow")
 
+FEATURES_VERSION = 1
+"""Of the code between pictures and features: preparation, operations, DINOv2's positions. Raise it with every change after
+which the same file of weights gives other features, beyond rounding: features cached before are then computed anew."""
+
 
 class FeatureNetwork(Protocol):
     """What the metrics ask of a network."""
@@ -94,9 +98,16 @@ def open_network(
 
 def description(network: FeatureNetwork) -> dict[str, str]:
     """What the numbers of a network depend on, in words and a hash; stored with them."""
-    return {"name": network.name, "protocol": network.protocol, "sha256": network.sha256, "backend": network.backend}
+    return {
+        "name": network.name,
+        "protocol": network.protocol,
+        "sha256": network.sha256,
+        "backend": network.backend,
+        "distance": network.distance_name,
+    }
 
 
 def network_key(network: FeatureNetwork) -> str:
-    """SHA-256 over `description`: two numbers are comparable where it agrees."""
-    return hashlib.sha256(json.dumps(description(network), sort_keys=True).encode()).hexdigest()
+    """SHA-256 over `description` and `FEATURES_VERSION`: two numbers are comparable where it agrees."""
+    told = description(network) | {"features_version": str(FEATURES_VERSION)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from metrics.networks.numerics import backend_name, convolutions, uses_tf32
+from metrics.networks.numerics import backend_name, float32_products, room_for_batch, room_for_weights, uses_tf32
 from metrics.networks.weight_files import WeightsFile, weights_file
 from runtime.config import InputError
 
@@ -57,15 +57,16 @@ class DinoV2:
         self._tf32 = uses_tf32(device)
         self.backend = backend_name(self._tf32)
         self._device = device
-        self._model: Any = model.to(device).eval().requires_grad_(False)
+        with room_for_weights():
+            self._model: Any = model.to(device).eval().requires_grad_(False)
         self._mean = torch.tensor(_MEAN, device=device).view(3, 1, 1)
         self._deviation = torch.tensor(_DEVIATION, device=device).view(3, 1, 1)
 
     def activations(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """As `FeatureNetwork.activations`: class tokens (N, 1024), no spatial features."""
-        small = torch.from_numpy(resized(pictures)).to(self._device)  # (N, 224, 224, 3) uint8
-        with torch.inference_mode(), convolutions(self._tf32):
-            pixels = small.permute(0, 3, 1, 2).float() / 255  # (N, 3, 224, 224)
+        small = torch.from_numpy(resized(pictures))  # (N, 224, 224, 3) uint8
+        with room_for_batch(len(pictures)), torch.inference_mode(), float32_products(self._tf32):
+            pixels = small.to(self._device).permute(0, 3, 1, 2).float() / 255  # (N, 3, 224, 224)
             tokens = self._model.forward_features((pixels - self._mean) / self._deviation)  # (N, 1 + 256, 1024)
             return tokens[:, 0].cpu().numpy(), None
 

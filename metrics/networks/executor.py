@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from metrics.networks.graph import Node, constant
-from metrics.networks.operations import OPERATIONS, channels_first, normalization_scale
+from metrics.networks.operations import NORMALIZATIONS, OPERATIONS, channels_first, check_inputs, normalization_scale
 from runtime.config import InputError
 
-_NORMALIZATIONS = ("BatchNormWithGlobalNormalization", "FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 _CONVOLUTIONS = ("Conv2D", "_FusedConv2D")
 
 
@@ -39,7 +38,8 @@ class GraphExecutor(torch.nn.Module):
     def __init__(self, nodes: Mapping[str, Node], feed: str, fetches: Sequence[str]) -> None:
         """`feed`: the node whose value `forward` is given; `fetches`: those it returns.
 
-        Raises InputError where a named node is missing, an operation on the way is not known, or the graph has a cycle.
+        Raises InputError where a named node is missing, an operation on the way is not known or lacks inputs, or there is a
+        cycle.
         """
         super().__init__()
         for name in (feed, *fetches):
@@ -107,7 +107,7 @@ def simplified(nodes: Mapping[str, Node], feed: str, fetches: Sequence[str]) -> 
         before = needed.get(node.inputs[0]) if node.inputs else None
         if before is None or readers[before.name] != 1:
             continue
-        if node.operation in _NORMALIZATIONS and before.operation == "Conv2D":
+        if node.operation in NORMALIZATIONS and before.operation == "Conv2D":
             _fold_normalization(needed, before, node)
         elif node.operation == "Relu" and before.attributes.get("fused_ops") == ["BiasAdd"]:
             attributes = {**before.attributes, "fused_ops": ["BiasAdd", "Relu"]}
@@ -173,8 +173,8 @@ def _check_known(nodes: Mapping[str, Node], node: Node, feed: str) -> None:
         if name not in nodes and name != feed:
             reason = "of which first outputs alone can be read" if name.partition(":")[0] in nodes else "which does not exist"
             raise InputError(f"the node {node.name!r} reads {name!r}, {reason}.")
-    if not node.inputs and node.operation != "Const":
-        raise InputError(f"the node {node.name!r} ({node.operation}) has no input; the graph is damaged.")
+    if node.operation != "Const":
+        check_inputs(node)
 
 
 def _with_lifetimes(nodes: Sequence[Node], fetches: Sequence[str]) -> list[_Step]:

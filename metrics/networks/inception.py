@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metrics.networks.adm import ADM_NAME, INPUT, LEGACY_PROTOCOL, LOGITS, POOL, SPATIAL, SPATIAL_CHANNELS, check_nodes
 from metrics.networks.executor import GraphExecutor
 from metrics.networks.graph import Node, constant, read_graph
 from metrics.networks.inception_layout import Protocol, layout_graph, torchvision_names
-from metrics.networks.numerics import backend_name, convolutions, uses_tf32
+from metrics.networks.numerics import backend_name, float32_products, room_for_batch, room_for_weights, uses_tf32
+from metrics.networks.torchscript import is_archive, read_state
 from metrics.networks.weight_files import GRAPH_NAME, WeightsFile
 from runtime.config import InputError
 
-_INPUT, _POOL, _SPATIAL, _LOGITS = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
-_SPATIAL_CHANNELS = 7
 _PICTURES_AT_ONCE_ON_CPU = 16
 """More at once is no faster there, and every 16 take another 180 MB."""
-_LEGACY_PROTOCOL = "legacy bilinear resize to 299 x 299, (x - 128) / 128"
 _PROTOCOLS: dict[Protocol, str] = {
-    "torch-fidelity": _LEGACY_PROTOCOL,
+    "torch-fidelity": LEGACY_PROTOCOL,
     "pytorch-fid": "x / 255, half-pixel bilinear resize without antialiasing to 299 x 299, 2 x - 1",
 }
 
@@ -53,46 +50,46 @@ class GraphInception:
         self._device = device
         self._tf32 = uses_tf32(device)
         self.backend = backend_name(self._tf32)
-        try:
-            self._executor = GraphExecutor(nodes, _INPUT, (_POOL, _SPATIAL)).to(device)
-            self._try()
-        except InputError as error:
-            raise InputError(f"{file.path} cannot be run: {error}") from None
+        with room_for_weights():
+            try:
+                self._executor = GraphExecutor(nodes, INPUT, (POOL, SPATIAL)).to(device)
+                self._try()
+            except InputError as error:
+                raise InputError(f"{file.path} cannot be run: {error}") from None
 
     def activations(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """As `FeatureNetwork.activations`: pool features (N, 2048), spatial features (N, 2023)."""
         size = _PICTURES_AT_ONCE_ON_CPU if self._device.type == "cpu" else max(len(pictures), 1)
-        parts = [self._run(pictures[start : start + size]) for start in range(0, len(pictures), size)]
+        with room_for_batch(len(pictures)):
+            parts = [self._run(pictures[start : start + size]) for start in range(0, len(pictures), size)]
         return np.concatenate([pool for pool, _ in parts]), np.concatenate([spatial for _, spatial in parts])
 
     def _run(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        with torch.inference_mode(), convolutions(self._tf32):
+        with torch.inference_mode(), float32_products(self._tf32):
             # As bytes they cross to the device four times as fast.
             pool, spatial = self._executor(torch.tensor(pictures).to(self._device).float())
-            return _rows(pool), _rows(spatial[..., :_SPATIAL_CHANNELS])
+            return _rows(pool), _rows(spatial[..., :SPATIAL_CHANNELS])
 
     def _try(self) -> None:
         """A graph of shapes that do not fit is found before the first of many pictures is read."""
         try:
-            pool, _ = self.activations(np.zeros((1, 32, 48, 3), dtype=np.uint8))
+            pool, _ = self._run(np.zeros((1, 32, 48, 3), dtype=np.uint8))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise InputError(f"{' '.join(str(error).split())}; the file is damaged or of another network.") from None
         if self.head is not None and self.head.shape[:1] != pool.shape[1:]:
-            raise InputError(f"its class weights {self.head.shape} do not fit the {pool.shape[1]} features of {_POOL}.")
+            raise InputError(f"its class weights {self.head.shape} do not fit the {pool.shape[1]} features of {POOL}.")
 
 
 def open_adm_graph(file: WeightsFile, device: torch.device) -> GraphInception:
     """ADM's frozen graph. Raises InputError, naming the file, where it is damaged or another graph."""
     nodes = read_graph(file.path)
-    missing = [name for name in (_INPUT, _POOL, _SPATIAL, _LOGITS) if name not in nodes]
-    if missing:
-        raise InputError(f"{file.path} has no node {', '.join(missing)}; ADM's {GRAPH_NAME} is needed.")
+    check_nodes(file.path, nodes)
     head = _head(nodes)
     if head is None:
-        raise InputError(f"{file.path}: the second input of {_LOGITS} is no matrix of numbers; ADM's {GRAPH_NAME} is needed.")
-    return GraphInception("ADM Inception (2015)", _LEGACY_PROTOCOL, file, nodes, head, device)
+        raise InputError(f"{file.path}: the second input of {LOGITS} is no matrix of numbers; ADM's {GRAPH_NAME} is needed.")
+    return GraphInception(ADM_NAME, LEGACY_PROTOCOL, file, nodes, head, device)
 
 
 def open_inception_weights(file: WeightsFile, protocol: Protocol, device: torch.device) -> GraphInception:
@@ -111,11 +108,11 @@ def open_inception_weights(file: WeightsFile, protocol: Protocol, device: torch.
 
 def _head(nodes: Mapping[str, Node]) -> NDArray[np.float32] | None:
     """(D, classes), without the bias: ADM's Inception Score leaves it out. None where the graph has no classifier."""
-    inputs = nodes[_LOGITS].inputs if _LOGITS in nodes else ()
+    inputs = nodes[LOGITS].inputs if LOGITS in nodes else ()
     weights = constant(nodes, inputs[1]) if len(inputs) == 2 else None
     if weights is None or weights.ndim != 2:
         return None
-    return np.array(weights.T if nodes[_LOGITS].attributes.get("transpose_b", False) else weights, dtype=np.float32)
+    return np.array(weights.T if nodes[LOGITS].attributes.get("transpose_b", False) else weights, dtype=np.float32)
 
 
 def _rows(values: Tensor) -> NDArray[np.float32]:
@@ -142,11 +139,7 @@ def _load(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            # TorchScript archives hold code beside the tensors. Loading one runs none of it.
-            if any("/code/" in name for name in archive.namelist()):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", DeprecationWarning)  # torch's advice to those who write such files
-                    return torch.jit.load(path, map_location="cpu").state_dict()
+    # torch.jit.load would run code that the archive brings.
+    if is_archive(path):
+        return read_state(path)
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""In which precision torch's networks compute: float32, or TF32 where torch's switch for matrix products says so."""
+"""How torch's networks compute: float32, or TF32 where torch's switch for matrix products says so; within the GPU's memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from runtime.config import InputError
 
 
 def uses_tf32(device: torch.device) -> bool:
@@ -19,11 +21,33 @@ def backend_name(tf32: bool) -> str:
 
 
 @contextmanager
-def convolutions(tf32: bool) -> Iterator[None]:
-    """Convolutions in the precision of matrix products: cuDNN's own switch allows TF32 unless told otherwise."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Within it, convolutions and matrix products use TF32 where `tf32`, float32 otherwise.
+
+    cuDNN's own switch allows TF32 unless told otherwise, and either may have been moved since the network was named.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def room_for_weights() -> Iterator[None]:
+    """Raises InputError where the GPU runs out of memory within it, before there is a batch that could be smaller."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError("the GPU has too little free memory for the feature network; end what else runs on it.") from None
+
+
+@contextmanager
+def room_for_batch(count: int) -> Iterator[None]:
+    """Raises InputError where the GPU runs out of memory within it, while it works on `count` pictures."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(f"the GPU has too little free memory for {count} pictures at once; "
+                         f"lower --batch-size (it is {count}).") from None  # fmt: skip

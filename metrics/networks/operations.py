@@ -299,3 +299,20 @@ OPERATIONS: dict[str, Operation] = {
     "_FusedConv2D": fused_convolution,
 }
 """By TensorFlow's name. Const and Placeholder are the executor's: they compute nothing."""
+
+NORMALIZATIONS = ("BatchNormWithGlobalNormalization", "FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+_TWO_INPUTS = (
+    "Add", "AddV2", "BiasAdd", "Concat", "ConcatV2", "Conv2D", "ExpandDims", "MatMul", "Mul", "RealDiv", "Reshape",
+    "ResizeBilinear", "Sub",
+)  # fmt: skip
+_INPUTS = {**dict.fromkeys(_TWO_INPUTS, 2), **dict.fromkeys(NORMALIZATIONS, 5), "_FusedConv2D": 3}
+"""How many inputs an operation reads, where it is not one. Concat and ConcatV2 may have more."""
+
+
+def check_inputs(node: Node) -> None:
+    """Raises InputError where a node of a known operation has fewer inputs than that reads, or more."""
+    given, needed = len(node.inputs), _INPUTS.get(node.operation, 1)
+    if given < needed or (given > needed and not node.operation.startswith("Concat")):
+        inputs = "no input" if not given else "1 input" if given == 1 else f"{given} inputs"
+        raise InputError(f"the node {node.name!r} ({node.operation}) has {inputs}, where {needed} must be; "
+                         "the graph is damaged.")  # fmt: skip

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.networks.weight_files import GRAPH_NAME, WeightsFile
+from metrics.networks.adm import ADM_NAME, INPUT, LEGACY_PROTOCOL, LOGITS, POOL, SPATIAL, SPATIAL_CHANNELS, check_nodes
+from metrics.networks.weight_files import WeightsFile
 from runtime.config import InputError
-
-_INPUT, _POOL, _SPATIAL, _LOGITS = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
-_SPATIAL_CHANNELS = 7
 
 
 class TensorFlowInception:
@@ -27,8 +25,8 @@ class TensorFlowInception:
     Pool features are the output of `pool_3`; spatial features are the first 7 channels of `mixed_6/conv`, 17 x 17 each.
     """
 
-    name = "ADM Inception (2015)"
-    protocol = "legacy bilinear resize to 299 x 299, (x - 128) / 128"
+    name = ADM_NAME
+    protocol = LEGACY_PROTOCOL
     backend = "TensorFlow float32"
     distance_name = "FID"
     head: NDArray[np.float32] | None
@@ -51,14 +49,14 @@ class TensorFlowInception:
         with tensorflow.Graph().as_default() as graph:
             # The graph's own input is one JPEG. Feeding the node behind it a batch is ADM's way, and resizing stays inside.
             self._input = v1.placeholder(tensorflow.float32, (None, None, None, 3))
-            wanted = [f"{name}:0" for name in (_POOL, _SPATIAL, _LOGITS)]
+            wanted = [f"{name}:0" for name in (POOL, SPATIAL, LOGITS)]
             try:
                 pool, spatial, logits = v1.import_graph_def(
-                    definition, input_map={f"{_INPUT}:0": self._input}, return_elements=wanted
+                    definition, input_map={f"{INPUT}:0": self._input}, return_elements=wanted
                 )
             except (ValueError, TypeError) as error:
                 raise InputError(f"{path} cannot be run by TensorFlow: {' '.join(str(error).split())}") from None
-            self._outputs = (pool, spatial[..., :_SPATIAL_CHANNELS])
+            self._outputs = (pool, spatial[..., :SPATIAL_CHANNELS])
             config = v1.ConfigProto(gpu_options=v1.GPUOptions(allow_growth=True))
             self._session = v1.Session(graph=graph, config=config)
             self.head = self._session.run(logits.op.inputs[1])
@@ -84,10 +82,7 @@ def _graph_definition(tensorflow: Any, path: Path) -> Any:
         definition.ParseFromString(path.read_bytes())
     except DecodeError:
         raise InputError(f"{path} is not a TensorFlow graph, or is cut short; delete it and fetch it again.") from None
-    present = {node.name for node in definition.node}
-    missing = [name for name in (_INPUT, _POOL, _SPATIAL, _LOGITS) if name not in present]
-    if missing:
-        raise InputError(f"{path} has no node {', '.join(missing)}; ADM's {GRAPH_NAME} is needed.")
+    check_nodes(path, {node.name for node in definition.node})
     return definition
 
 

@@ -35,6 +35,10 @@ MEASURES = (
 )
 
 
+_LARGEST = 1e100
+"""Beyond it, charts overflow; no score is anywhere near."""
+
+
 def lookup(record: Any, *keys: str) -> Any:
     """The entry at a path of keys through nested mappings; None where the path ends early."""
     for key in keys:
@@ -46,7 +50,11 @@ def finite(value: Any) -> float | None:
     """`value` as a number; None where it is none, or NaN, or infinite."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
+    return number if math.isfinite(number) and abs(number) < _LARGEST else None
 
 
 def shown(value: Any, decimals: int) -> str:

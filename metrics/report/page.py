@@ -118,7 +118,7 @@ def page(report: Report, written: str) -> str:
         _warnings(record),
         _section("Numbers", numbers(record)),
         _section("Network and protocol", protocol(record)),
-        _section("Samples", _grid(report.grid)),
+        _section("Samples", _grid(report.grid, int(finite(lookup(record, "samples", "count")) or len(report.grid)))),
         _section("Nearest real pictures", _neighbours(report.neighbours)),
         _section("Classes", _classes(report)),
         _section("Precision and recall", _scatter(report)),
@@ -155,13 +155,14 @@ def _json(record: Mapping[str, Any]) -> str:
     return json.dumps(dict(record), indent=2, ensure_ascii=False, default=str)
 
 
-def _grid(pictures: NDArray[np.uint8]) -> Markup:
+def _grid(pictures: NDArray[np.uint8], count: int) -> Markup:
     if not len(pictures):
         return tag("p", "The sample batch holds statistics alone: there are no pictures to show.")
     shown_here = within_pixels(pictures, PIXELS)
     images = [_image(picture, "") for picture in shown_here]
     return joined([
-        tag("p", f"{_number(len(pictures), 'picture')} of {_size(pictures)}; {_scaling(pictures, shown_here)} ",
+        tag("p", f"{len(pictures):,} of {_number(count, 'picture')} of {_size(pictures)}, evenly spaced; ",
+            _scaling(pictures, shown_here), " ",
             tag("code", "grid.png"), " beside this page holds them side by side, at full size."),
         _enlarged(tag("div", *images, class_="pictures", role="img", aria_label=_number(len(pictures), "sample")), pictures),
     ])  # fmt: skip
@@ -175,7 +176,7 @@ def _scaling(pictures: NDArray[np.uint8], smaller: NDArray[np.uint8]) -> str:
     if smaller.shape != pictures.shape:
         return f"here scaled down to {_size(smaller)}, to keep the page small."
     factor = enlargement(*pictures.shape[1:3])
-    return f"shown {factor} times larger." if factor > 1 else "all of which are in this page."
+    return f"shown {factor} times larger." if factor > 1 else "shown at full size."
 
 
 def _enlarged(shown_in: Markup, pictures: NDArray[np.uint8]) -> Markup:
@@ -315,11 +316,11 @@ def _scatter(report: Report) -> Markup:
     this = _mark(record, "this")
     others = [_mark(other, str(index)) for index, other in enumerate(drawn, start=1)]
     background = [
-        Mark(score.precision, score.recall, f"class {score.label}: {score.precision:.3f}, {score.recall:.3f}")
+        Mark(precision, recall, f"class {score.label}: {precision:.3f}, {recall:.3f}")
         for score in report.classes
-        if finite(score.precision) is not None and finite(score.recall) is not None
+        if (precision := finite(score.precision)) is not None and (recall := finite(score.recall)) is not None
     ]
-    parts = ["◆ this evaluation", "the cross its 95 % intervals" if this.x_interval or this.y_interval else ""]
+    parts = ["◆ this evaluation", "the bar its 95 % interval" if this.x_interval or this.y_interval else ""]
     parts += [f"● {_number(len(others), 'earlier evaluation')}" if others else "", "○ single classes" if background else ""]
     legend = "; ".join(part for part in parts if part) + "."
     chart = scatter(this, others, background, "Precision and recall", legend, "Precision", "Recall")

@@ -60,13 +60,31 @@ def test_weighted_statistics_are_those_of_repeated_rows(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 50)
     rows = draw(300, 0, 6) + 20
     counts = np.bincount(np.random.default_rng(0).integers(0, 300, 300), minlength=300).astype(float)
-    ours = module._weighted_statistics(rows, counts, rows.mean(axis=0, dtype=float) + 0.1, torch.device("cpu"))
+    ours = module._weighted_statistics(rows, counts, torch.device("cpu"))
     expected = statistics_of(np.repeat(rows, counts.astype(int), axis=0))
     np.testing.assert_allclose(ours.mean, expected.mean, rtol=1e-6)
     np.testing.assert_allclose(ours.covariance, expected.covariance, atol=1e-5)
     assert ours.count == 300
     # The known-bad variant: each drawn picture once.
     assert np.abs(statistics_of(rows[counts > 0]).covariance - expected.covariance).max() > 1e-2
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_pictures_that_are_all_but_alike_have_an_interval(count: int) -> None:
+    """A third of the draws hold copies of one picture alone: their covariance is zero, not what rounding leaves of it."""
+    rows = np.repeat(draw(1, 0, 12), count, axis=0)
+    rows[0] += 1.5
+    counts = np.zeros(count)
+    counts[-1] = count
+    assert (module._weighted_statistics(rows, counts, torch.device("cpu")).covariance == 0).all()
+    reference = statistics_of(draw(4, 1, 12))
+    distance = frechet_distance(reference, statistics_of(rows))
+    interval = frechet_interval(reference, rows, distance, repeats=60)
+    assert 0 <= interval.low <= distance <= interval.high
+    # The known-bad variant: about the mean of all pictures, in float32.
+    moved = (rows[-1:] - rows.mean(axis=0)).repeat(count, axis=0)
+    about_all = moved.T @ moved - count * np.outer(moved[0], moved[0])
+    assert count == 2 or np.linalg.eigvalsh(about_all.astype(float))[0] < 0
 
 
 def test_mean_interval_covers_the_true_share() -> None:

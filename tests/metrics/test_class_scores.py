@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from metrics.class_scores import class_scores
+from metrics import class_scores as module
+from metrics.class_scores import class_scores, scored_classes
 from metrics.frechet import frechet_distance, statistics_of
 from metrics.precision_recall import Covered
 
@@ -37,6 +38,34 @@ def test_equals_each_class_by_itself() -> None:
     order = sorted(ours, key=lambda score: score.distance)
     assert [score.rank for score in order] == [1, 2, 3]
     assert order[-1].label == 1
+
+
+def test_without_precision_and_recall() -> None:
+    reference, reference_labels = labelled([30, 25, 1, 12], 0)
+    samples, sample_labels = labelled([20, 35, 9, 15], 1)
+    done: list[int] = []
+    ours = class_scores(reference, reference_labels, samples, sample_labels, progress=done.append)
+    assert [(score.precision, score.recall) for score in ours] == [(None, None)] * 3
+    assert [score.label for score in ours] == scored_classes(reference_labels, sample_labels) == [0, 1, 3]
+    assert done == [1, 1, 1]
+    covered = Covered(np.ones(len(samples), bool), np.zeros(len(reference), bool))
+    of_both = class_scores(reference, reference_labels, samples, sample_labels, covered)
+    assert [(score.precision, score.recall) for score in of_both] == [(1.0, 0.0)] * 3
+    assert [(score.distance, score.rank) for score in of_both] == [(score.distance, score.rank) for score in ours]
+
+
+def test_the_route_follows_the_smaller_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From as many pictures as dimensions the full route costs less; it must not be left for one large side alone."""
+    few: list[tuple[int, int]] = []
+    of_few = module.frechet_of_few
+    monkeypatch.setattr(module, "frechet_of_few", lambda *sides: few.append((len(sides[0]), len(sides[1]))) or of_few(*sides))
+    reference, reference_labels = labelled([9, 10, 500, 8, 40], 0)
+    samples, sample_labels = labelled([30, 10, 9, 8, 40], 1)
+    ours = class_scores(reference, reference_labels, samples, sample_labels)
+    assert few == [(9, 30), (500, 9), (8, 8)]
+    for score in ours:
+        sides = reference[reference_labels == score.label], samples[sample_labels == score.label]
+        assert score.distance == pytest.approx(of_few(*sides), rel=1e-6)
 
 
 def test_no_class_in_common() -> None:

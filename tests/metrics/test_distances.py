@@ -33,13 +33,14 @@ def test_merging_keeps_the_least() -> None:
 def test_precision_is_put_back() -> None:
     @full_precision()
     def fail() -> None:
-        raise KeyError(torch.get_float32_matmul_precision())
+        raise KeyError(str(torch.backends.cuda.matmul.allow_tf32))
 
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.allow_tf32
     try:
-        torch.set_float32_matmul_precision("medium")
-        with pytest.raises(KeyError, match="highest"):
-            fail()
-        assert torch.get_float32_matmul_precision() == "medium"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        for _ in range(2):
+            with pytest.raises(KeyError, match="False"):
+                fail()
+            assert torch.backends.cuda.matmul.allow_tf32
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.allow_tf32 = before

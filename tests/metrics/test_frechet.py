@@ -9,9 +9,9 @@ from metrics.frechet import (
     MeanAndCovariance,
     Statistics,
     factor_of,
-    frechet,
     frechet_distance,
     frechet_of_few,
+    rank_of,
     statistics_of,
 )
 from runtime.config import InputError
@@ -46,10 +46,9 @@ def test_agrees_with_the_matrix_root(dimension: int, seed: int) -> None:
 @pytest.mark.parametrize("dimension", [64, 256])
 def test_agrees_with_the_matrix_root_at_full_rank(dimension: int) -> None:
     first, second = random_statistics(dimension, 2 * dimension, 0), random_statistics(dimension, 3 * dimension, 1)
-    ours = frechet(first, second)
-    assert ours.distance == pytest.approx(through_matrix_root(first, second), rel=1e-6)
-    assert (ours.rank, ours.dimensions) == (dimension, dimension)
-    assert frechet(first, second, factor_of(first.covariance)) == ours
+    ours = frechet_distance(first, second)
+    assert ours == pytest.approx(through_matrix_root(first, second), rel=1e-6)
+    assert frechet_distance(first, second, factor_of(first.covariance)) == ours
 
 
 def test_commuting_covariances_have_a_closed_form() -> None:
@@ -138,16 +137,40 @@ def test_what_is_no_covariance_is_refused() -> None:
         statistics_of(np.array([[1.0, np.nan], [0.0, 1.0]]))
 
 
-@pytest.mark.parametrize(("rows", "others", "rank"), [(20, 200, 19), (200, 30, 29), (15, 15, 14), (200, 200, 60)])
-def test_rank_is_that_of_the_poorer_covariance(rows: int, others: int, rank: int) -> None:
-    first, second = random_statistics(60, rows, 0), random_statistics(60, others, 1)
-    assert frechet(first, second).rank == rank
-    assert (first.count, second.count) == (rows, others)
+@pytest.mark.parametrize(("rows", "rank"), [(2, 1), (20, 19), (60, 59), (61, 60), (200, 60)])
+def test_rank_is_one_less_than_the_vectors_up_to_the_dimensions(rows: int, rank: int) -> None:
+    of_rows = random_statistics(60, rows, 0)
+    assert rank_of(of_rows) == rank
+    assert of_rows.count == rows
 
 
-def test_rank_of_supports_that_do_not_meet_is_zero() -> None:
-    first, second = np.diag([4.0, 9.0, 0.0]), np.diag([0.0, 0.0, 1.0])
-    assert frechet(Statistics(np.zeros(3), first), Statistics(np.zeros(3), second)).rank == 0
+def conditioned(dimension: int, condition: float, rows: int, seed: int) -> Statistics:
+    """Of vectors whose variances fall evenly, on a logarithmic scale, from 1 to 1 / `condition`, along the same axes."""
+    axes = scipy.linalg.qr(np.random.default_rng(9).standard_normal((dimension, dimension)))[0]
+    deviations = np.logspace(0, -np.log10(condition) / 2, dimension)
+    return statistics_of((np.random.default_rng(seed).standard_normal((rows, dimension)) * deviations) @ axes)
+
+
+def test_rank_of_an_ill_conditioned_covariance_is_full() -> None:
+    """Inception's spectra span seven orders of magnitude; that is no sign of too few vectors."""
+    first, second = (conditioned(128, 1e7, 2_000, seed) for seed in (0, 1))
+    assert rank_of(first) == rank_of(second) == 128
+    # The known-bad variant: the rank of the product, whose condition is the square.
+    root = factor_of(first.covariance).matrix
+    product = np.linalg.eigvalsh(root.T @ second.covariance @ root)
+    assert (product > 128 * np.finfo(float).eps * product[-1]).sum() < 128
+    assert rank_of(conditioned(128, 1e10, 2_000, 0)) == 128
+    # As ill-conditioned, of too few vectors: the rank of a covariance is found whatever its spectrum.
+    assert rank_of(conditioned(128, 1e7, 100, 0)) == 99
+
+
+def test_rank_through_float32_is_not_found() -> None:
+    """As the docstring says. The scale must not matter, that of the covariance as little as that of its rounding."""
+    few = random_statistics(60, 20, 0)
+    assert rank_of(Statistics(few.mean, few.covariance * 1e-9)) == 19
+    rounded = few.covariance.astype(np.float32).astype(float)
+    assert rank_of(Statistics(few.mean, rounded)) > 19
+    assert rank_of(Statistics(np.zeros(3), np.zeros((3, 3)))) == 0
 
 
 PLANTED = {
@@ -166,14 +189,14 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_wrong_linear_algebra_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = random_statistics(30, 200, 0), random_statistics(30, 150, 1)
-    right = frechet(first, second)
+    right = frechet_distance(first, second)
     function, wrong = PLANTED[name]
     monkeypatch.setattr(module.scipy.linalg, function, wrong)
     with pytest.raises(InputError, match="contradict its trace"):
-        frechet(first, second)
+        frechet_distance(first, second)
     # Without the check the number is wrong and looks like any other.
     monkeypatch.setattr(module, "_check_eigenvalues", lambda *_: None)
-    assert frechet(first, second) != right
+    assert frechet_distance(first, second) != right
 
 
 def test_statistics_rounded_to_float32_pass_the_check() -> None:
@@ -181,15 +204,15 @@ def test_statistics_rounded_to_float32_pass_the_check() -> None:
     first, second = random_statistics(80, 40, 0), random_statistics(80, 50, 1)
     rounded = [Statistics(side.mean, side.covariance.astype(np.float32).astype(float)) for side in (first, second)]
     assert np.linalg.eigvalsh(rounded[0].covariance)[0] < 0
-    exact = frechet(first, second).distance
+    exact = frechet_distance(first, second)
     for pair in ((rounded[0], second), (first, rounded[1]), rounded):
-        assert frechet(*pair).distance == pytest.approx(exact, rel=1e-2)
+        assert frechet_distance(*pair) == pytest.approx(exact, rel=1e-2)
 
 
 def test_rounding_below_zero_is_cut_off_and_not_an_error() -> None:
     first, second = Statistics(np.zeros(3), np.diag([1.0, 1.0, -1e-4])), Statistics(np.zeros(3), np.diag([4.0, 1.0, 1.0]))
     for pair in ((first, second), (second, first)):
-        assert frechet(*pair).distance == pytest.approx(1 + 0 + 1, abs=1e-3)
+        assert frechet_distance(*pair) == pytest.approx(1 + 0 + 1, abs=1e-3)
 
 
 def test_damaged_statistics() -> None:
@@ -199,10 +222,12 @@ def test_damaged_statistics() -> None:
     for bad, sentence in ((lopsided, "not symmetric"), (holed, "not finite")):
         for pair in ((good, bad), (bad, good)):
             with pytest.raises(InputError, match=sentence):
-                frechet(*pair)
+                frechet_distance(*pair)
+        with pytest.raises(InputError, match=sentence):
+            rank_of(bad)
 
 
-@pytest.mark.parametrize(("rows", "others", "dimension"), [(2, 3, 8), (12, 9, 40), (30, 200, 50), (90, 70, 30)])
+@pytest.mark.parametrize(("rows", "others", "dimension"), [(2, 3, 8), (12, 9, 40), (30, 200, 50), (200, 30, 50), (90, 70, 30)])
 def test_few_vectors_agree_with_the_full_route(rows: int, others: int, dimension: int) -> None:
     generator = np.random.default_rng(rows)
     first = generator.standard_normal((rows, dimension)) @ generator.standard_normal((dimension, dimension))
@@ -223,6 +248,21 @@ def test_few_vectors_have_a_closed_form() -> None:
     first, second = np.stack([a, -a]) / np.sqrt(2), np.stack([b, -b]) / np.sqrt(2)
     assert frechet_of_few(first, second) == pytest.approx(25 + 5 - 2 * 3)
     assert frechet_of_few(first, first + 2) == pytest.approx(12)
+
+
+def test_few_vectors_cost_what_the_smaller_side_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    eigvalsh = scipy.linalg.eigvalsh
+    monkeypatch.setattr(module.scipy.linalg, "eigvalsh", lambda matrix: sizes.append(len(matrix)) or eigvalsh(matrix))
+    rows = np.random.default_rng(0).standard_normal((90, 40))
+    assert frechet_of_few(rows, rows[:7]) == pytest.approx(frechet_of_few(rows[:7], rows))
+    assert sizes == [7, 7]
+
+
+def test_few_vectors_against_themselves() -> None:
+    """Repeated vectors leave many eigenvalues that are rounding, whose roots are far larger than they."""
+    rows = np.random.default_rng(0).standard_normal((40, 200)).repeat(5, axis=0)
+    assert frechet_of_few(rows, rows) == pytest.approx(0, abs=1e-5 * np.trace(statistics_of(rows).covariance))
 
 
 def test_too_few_of_few() -> None:

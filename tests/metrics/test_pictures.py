@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -329,6 +331,17 @@ def test_what_was_written_just_now_is_not_believed(tmp_path: Path) -> None:
     assert not (tmp_path / "memory").exists()
 
 
+def test_a_note_that_another_user_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)
+    np.savez(tmp_path / "batch.npz", arr_0=random_pictures(4))
+
+    def denied(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(pictures_module, "write_json", denied)
+    assert content_hash(open_batch(tmp_path / "batch.npz"), tmp_path) == sha256_of(tmp_path / "batch.npz")
+
+
 def test_the_hash_of_a_folder_is_of_its_pngs(tmp_path: Path) -> None:
     pictures = random_pictures(4)
     folder = write_folder(tmp_path / "folder", pictures)
@@ -372,12 +385,77 @@ def test_bad_statistics(tmp_path: Path) -> None:
         "holds sigma_s without mu_s": {"sigma_s": np.eye(3)},
         r"mu has the shape \(3,\) and sigma the shape \(2, 2\)": {"mu": np.zeros(3), "sigma": np.eye(2)},
         "mu or sigma holds numbers that are not finite": {"mu": np.full(2, np.nan), "sigma": np.eye(2)},
-        "mu or sigma cannot be read": {"mu": np.array([None, 1]), "sigma": np.eye(2)},
+        r"mu \(object of the shape \(2,\)\) must be numbers": {"mu": np.array([None, 1]), "sigma": np.eye(2)},
+        r"sigma \(complex128 of": {"mu": np.zeros(2), "sigma": np.eye(2) + 0j},
     }
     for message, arrays in cases.items():
         np.savez(tmp_path / "bad.npz", arr_0=random_pictures(4), **arrays)
         with pytest.raises(InputError, match=message):
             open_batch(tmp_path / "bad.npz")
+
+
+def write_declared(path: Path, mean: tuple[int, ...], covariance: tuple[int, ...]) -> None:
+    """An npz whose headers declare arrays of these shapes, and which holds a few numbers of them."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, shape in (("mu", mean), ("sigma", covariance)):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
+                member.write(bytes(8 * min(math.prod(shape), 100)))
+
+
+def test_declared_statistics_are_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {
+        r"mu has the shape \(3,\) and sigma the shape \(10, 10\)": ((3,), (10, 10)),
+        r"mu has the shape \(10, 10\) and sigma": ((10, 10), (10, 10)),
+        "sigma is cut short; write the file again": ((100,), (10**6, 10**6)),
+        r"/bad\.npz: sigma is cut short": ((3,), (10**6, 10**6)),
+        "mu is cut short; write the file again": ((10**6,), (10**6, 10**6)),
+    }
+
+    def never(*arguments: object, **named: object) -> None:
+        raise AssertionError("values were read")
+
+    monkeypatch.setattr(np, "load", never)
+    for message, shapes in cases.items():
+        write_declared(tmp_path / "bad.npz", *shapes)
+        with pytest.raises(InputError, match=message):
+            open_batch(tmp_path / "bad.npz")
+    write_declared(tmp_path / "small.npz", (10,), (10, 10))
+    with pytest.raises(AssertionError, match="values were read"):
+        open_batch(tmp_path / "small.npz")
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 64])
+def test_a_folder_is_decoded_ahead_across_ranges(tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = random_pictures(20)
+    batch = open_batch(write_folder(tmp_path / "folder", pictures)).pictures
+    monkeypatch.setattr(pictures_module, "_AHEAD", ahead)
+    decoded: list[Path] = []
+    decode = pictures_module._decode
+
+    def counted(file: Path) -> np.ndarray:
+        decoded.append(file)
+        return decode(file)
+
+    monkeypatch.setattr(pictures_module, "_decode", counted)
+    pieces = batch.pieces([(index, index + 1) for index in range(0, 20, 2)])
+    for index, piece in enumerate(pieces):
+        np.testing.assert_array_equal(piece, pictures[2 * index : 2 * index + 1])
+        assert len(decoded) <= index + 1 + ahead
+    assert len(decoded) == 10
+
+
+def test_folder_ranges_are_decoded_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = open_batch(write_folder(tmp_path / "folder", random_pictures(4))).pictures
+    both = threading.Barrier(2, timeout=30)
+    decode = pictures_module._decode
+
+    def together(file: Path) -> np.ndarray:
+        both.wait()
+        return decode(file)
+
+    monkeypatch.setattr(pictures_module, "_decode", together)
+    assert len(list(batch.pieces([(index, index + 1) for index in range(4)]))) == 4
 
 
 def test_bad_folders(tmp_path: Path) -> None:

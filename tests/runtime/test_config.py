@@ -359,6 +359,9 @@ def test_scripts_end_with_codes(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
     assert ending(None, capsys) == (0, "")
     assert ending(InputError("the thing is wrong; do this."), capsys) == (2, "train.py: error: the thing is wrong; do this.\n")
+    code, shown = ending(PermissionError(13, "Permission denied", "/their/file"), capsys)
+    assert code == 2
+    assert "error: /their/file: Permission denied; check the name" in shown
     code, shown = ending(OSError(28, "No space left on device", "/full/file"), capsys)
     assert (code, shown.count("\n")) == (1, 1)
     assert "/full/file" in shown

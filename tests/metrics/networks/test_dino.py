@@ -144,16 +144,40 @@ def test_half_precision_weights_are_computed_in_float32(tmp_path: Path, publishe
     assert open_dino(file, CPU).activations(some_pictures())[0].dtype == np.float32
 
 
-def test_convolutions_do_not_drop_to_tf32(
+def test_neither_products_nor_convolutions_drop_to_tf32(
     published: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whoever moved torch's switches after the network was named as one of float32."""
     seen = []
     forward = SmallTransformer.forward_features
-    monkeypatch.setattr(
-        SmallTransformer, "forward_features", lambda *a: (seen.append(torch.backends.cudnn.allow_tf32), forward(*a))[1]
-    )
-    open_dino(saved(tmp_path / "weights.pth", published), CPU).activations(some_pictures())
-    assert seen == [False]
+
+    def watched(self: SmallTransformer, x: Tensor) -> Tensor:
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return forward(self, x)
+
+    monkeypatch.setattr(SmallTransformer, "forward_features", watched)
+    network = open_dino(saved(tmp_path / "weights.pth", published), CPU)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        network.activations(some_pictures())
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert seen == [(False, False)]
+
+
+def test_a_full_gpu_asks_for_smaller_batches(
+    published: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = open_dino(saved(tmp_path / "weights.pth", published), CPU)
+
+    def full(self: SmallTransformer, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(SmallTransformer, "forward_features", full)
+    with pytest.raises(InputError, match=r"lower --batch-size \(it is 3\)"):
+        network.activations(some_pictures())
 
 
 def changed(weights: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from metrics.networks.operations import OPERATIONS
 from runtime.config import InputError
 
 WINDOW = {"strides": [1, 1, 1, 1], "padding": "SAME"}
+OLD_NORMALIZATION = "BatchNormWithGlobalNormalization"
 OLD = {"variance_epsilon": 0.01, "scale_after_normalization": True}
 
 
@@ -192,7 +193,15 @@ def test_constants_follow_the_module_and_shapes_stay() -> None:
         (graph(("out", "Relu", ("b",)), ("b", "Relu", ("out",))), "damaged: the node 'out' needs its own result"),
         (graph(("out", "Relu", ("out",))), "damaged: the node 'out' needs its own result"),
         (graph(("out", "Add", ("in", "b")), ("b", "Placeholder", ())), "'b' is a placeholder .* 'in' alone is fed"),
-        (graph(("out", "Relu", ())), r"'out' \(Relu\) has no input"),
+        (graph(("out", "Relu", ())), r"'out' \(Relu\) has no input, where 1 must be; the graph is damaged"),
+        (graph(("out", "Conv2D", ("in",), WINDOW)), r"'out' \(Conv2D\) has 1 input, where 2 must be"),
+        (graph(("out", "Concat", ("in",))), r"'out' \(Concat\) has 1 input, where 2 must be"),
+        (
+            graph(("out", "FusedBatchNorm", ("conv", "in")), ("conv", "Conv2D", ("in", "in"), WINDOW)),
+            r"'out' \(FusedBatchNorm\) has 2 inputs, where 5 must be",
+        ),
+        (graph(("out", OLD_NORMALIZATION, ("in",) * 6, OLD)), r"has 6 inputs, where 5 must be"),
+        (graph(("out", "Add", ("in",) * 3)), r"'out' \(Add\) has 3 inputs, where 2 must be"),
         (graph(("out", "Add", ("in", "c")), ("c", "Const", (), {"value": None})), "'c' holds no numbers"),
         (graph(("elsewhere", "Relu", ("in",))), "has no node 'out'"),
     ],
@@ -200,6 +209,25 @@ def test_constants_follow_the_module_and_shapes_stay() -> None:
 def test_a_graph_that_cannot_be_run_is_named(nodes: dict[str, Node], message: str) -> None:
     with pytest.raises(InputError, match=message):
         GraphExecutor(nodes, "in", ("out",))
+
+
+def reads_what_is_not_there(operation: str, count: int) -> bool:
+    """A node of so many inputs behind a convolution, which it may be folded into."""
+    inputs = ("conv", *["kernel"] * (count - 1))
+    nodes = graph(numbers("kernel", 1, 1, 2, 2), ("conv", "Conv2D", ("in", "kernel"), WINDOW), ("out", operation, inputs))
+    try:
+        GraphExecutor(nodes, "in", ("out",))(picture(1, 3, 3, 2))
+    except IndexError:
+        return True
+    except (InputError, RuntimeError) as error:
+        return isinstance(error.__cause__, IndexError)
+    return False
+
+
+def test_no_operation_reads_an_input_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [name for name in OPERATIONS for count in range(1, 5) if reads_what_is_not_there(name, count)]
+    monkeypatch.setattr(executor, "check_inputs", lambda node: None)
+    assert all(reads_what_is_not_there(name, 1) for name in ("BiasAdd", "Conv2D", "ExpandDims", "Mul", "_FusedConv2D"))
 
 
 def test_shapes_that_do_not_fit_name_the_node() -> None:

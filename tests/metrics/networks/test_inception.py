@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,8 @@ def test_graphs_that_are_not_inceptions_are_named(state: dict[str, Tensor], tmp_
         "'conv_4' uses the operation Elu, which this project cannot execute": {
             **nodes, "conv_4": Node("conv_4", "Elu", nodes["conv_4"].inputs)},
         "damaged: the node '.*' needs its own result": {**nodes, "pool": Node("pool", "Relu", ("conv_3",))},
+        r"the node 'conv_3/Conv2D' \(Conv2D\) has 1 input, where 2 must be": {
+            **nodes, "conv_3/Conv2D": replace(nodes["conv_3/Conv2D"], inputs=("pool",))},
         "the node 'mixed/join' .* cannot be computed": {
             **nodes, "mixed/join": Node("mixed/join", "Concat", ("mixed/join/concat_dim", "mixed/conv", "conv"))},
     }  # fmt: skip
@@ -428,14 +431,27 @@ def test_convolutions_keep_full_precision_and_the_switch_is_put_back(weights: Pa
     assert torch.backends.cudnn.allow_tf32 == before
 
 
+def test_a_full_gpu_is_one_sentence(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = open_inception_weights(file(weights), "torch-fidelity", CPU)
+
+    def full(node: Node, inputs: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(operations.OPERATIONS, "MaxPool", full)
+    with pytest.raises(InputError, match=r"free memory for 5 pictures at once; lower --batch-size \(it is 5\)\.$"):
+        network.activations(pictures(5))
+    with pytest.raises(
+        InputError, match=r"^the GPU has too little free memory for the feature network"
+    ):  # not the file's fault
+        open_inception_weights(file(weights), "torch-fidelity", CPU)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_equals_cpu(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_equals_cpu(weights: Path) -> None:
     cuda = torch.device("cuda")
     here: GraphInception = open_inception_weights(file(weights), "torch-fidelity", CPU)
     there: GraphInception = open_inception_weights(file(weights), "torch-fidelity", cuda)
     assert there.backend == "PyTorch float32"
     for one, other in zip(there.activations(pictures()), here.activations(pictures()), strict=True):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max()
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert open_inception_weights(file(weights), "torch-fidelity", cuda).backend == "PyTorch TF32"

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from metrics.networks import (
     dino,
     network_key,
     open_network,
+    operations,
     tensorflow_inception,
 )
 from metrics.networks.weight_files import GRAPH_NAME, WeightsFile, weights_file
@@ -107,13 +109,44 @@ def test_what_cannot_run_is_refused_before_any_work(monkeypatch: pytest.MonkeyPa
 
 def test_the_key_tells_apart_whatever_changes_a_number() -> None:
     first = Described()
-    assert description(first) == {key: getattr(first, key) for key in ("name", "protocol", "sha256", "backend")}
+    fields = {key: key for key in ("name", "protocol", "sha256", "backend")} | {"distance": "distance_name"}
+    assert description(first) == {key: getattr(first, field) for key, field in fields.items()}
     assert network_key(first) == network_key(Described())
     assert len(network_key(first)) == 64
-    others = [dataclasses.replace(first, **{key: "another"}) for key in description(first)]
+    others = [dataclasses.replace(first, **{field: "another"}) for field in fields.values()]
     # Run together without their names, these two would be one text.
     others += [dataclasses.replace(first, name="a", protocol="bc"), dataclasses.replace(first, name="ab", protocol="c")]
     assert len({network_key(network) for network in [first, *others]}) == len(others) + 1
+
+
+def adm_error() -> float:
+    """Of four golden pictures' features, relative to the largest."""
+    folder = ROOT / "tests" / "golden" / "adm"
+    network = open_network("adm", str(folder), None, "torch", CPU)
+    with np.load(folder / "activations_head.npz") as expected, np.load(folder / "samples.npz") as given:
+        pairs = zip(("pool", "spatial"), network.activations(given["arr_0"][:4]), strict=True)
+        references = {name: expected[f"sample_{name}"][:4] for name in ("pool", "spatial")}
+        return max(float(np.abs(ours - references[name]).max() / np.abs(references[name]).max()) for name, ours in pairs)
+
+
+def test_the_features_of_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other features under the same version would be mixed with those in people's caches."""
+    assert networks.FEATURES_VERSION == 1, "pin the features of the new version here"
+    assert adm_error() < 1e-5, (
+        "the same file now gives other features: if that is meant, raise FEATURES_VERSION in metrics/networks/__init__.py, "
+        "or features that were cached before will be read as if they were these"
+    )
+    resize = operations.OPERATIONS["ResizeBilinear"]
+    monkeypatch.setitem(operations.OPERATIONS, "ResizeBilinear", lambda node, inputs: (
+        resize(dataclasses.replace(node, attributes={**node.attributes, "half_pixel_centers": True}), inputs)))  # fmt: skip
+    assert adm_error() > 1e-4
+
+
+def test_another_version_of_the_features_is_another_key_and_no_other_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, told = network_key(Described()), description(Described())
+    monkeypatch.setattr(networks, "FEATURES_VERSION", networks.FEATURES_VERSION + 1)
+    assert network_key(Described()) != key
+    assert description(Described()) == told
 
 
 def test_listing_the_networks_imports_none_of_them() -> None:
