@@ -20,6 +20,7 @@ from runtime.config import InputError
 CROP_VERSION = 1
 """Raised whenever `data.images.center_crop` or `to_rgb` gives other pixels: the digest stands for the pictures as they are
 used, and features of the old pixels would be found under it."""
+_LARGEST_SIZE = 4096
 _AHEAD = 64
 _BROKEN_NAMED = 3
 
@@ -30,9 +31,10 @@ class CroppedPictures:
     """Every picture of a folder of class folders (or a zip of one), in ADM's crop. Implements `metrics.pictures.Pictures`."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """Lists the pictures; reads none. Raises InputError as `PictureSource.list_pictures`, or for a size below 1."""
-        if size < 1:
-            raise InputError(f"--image-size must be at least 1, not {size}.")
+        """Lists the pictures; reads none. Raises InputError as `PictureSource.list_pictures`, or for a size out of reach."""
+        if not 1 <= size <= _LARGEST_SIZE:
+            raise InputError(f"--image-size must be at least 1 and at most {_LARGEST_SIZE:,}, not {size:,}; give the size of "
+                             "the samples that the reference is for.")  # fmt: skip
         self._source = open_source(path)
         self._listing = self._source.list_pictures()
         self.count, self.height, self.width = len(self._listing.names), size, size

@@ -21,8 +21,6 @@ import json
 import os
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -37,6 +35,7 @@ from tqdm import tqdm
 from metrics.frechet import MeanAndCovariance, Statistics
 from metrics.networks import FeatureNetwork, description, network_key
 from metrics.networks.weight_files import cache_folder
+from metrics.npz import DAMAGE
 from metrics.pictures import PictureBatch, Pictures, content_hash, content_state, spans
 from runtime.config import InputError
 from runtime.files import atomic_write, check_writable, lock, sha256, write_json
@@ -49,7 +48,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 # Inception's, the widest of the networks: float32 pool and spatial features of a picture; means and covariances in float64.
 _POOL_BYTES, _SPATIAL_BYTES = 2_048 * 4, 2_023 * 4
 _STATISTICS_BYTES = sum((width + 1) * width * 8 for width in (2_048, 2_023))
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (MemoryError, *DAMAGE)
 
 Rows = NDArray[np.float32]
 
@@ -75,14 +74,14 @@ class Features:
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     values = arrays["values"]
-                if values.shape == (len(self.pool),) and values.dtype == np.float32:
+                if values.shape == (len(self.pool),) and values.dtype == np.float32 and np.isfinite(values).all():
                     return values
             except _UNREADABLE:
                 pass  # computed again below
         values = compute()
         if path is not None:
-            # An entry of another user takes no further files: computed again the next time.
-            with suppress(PermissionError), atomic_write(path) as temporary, open(temporary, "wb") as file:
+            # An entry of another user takes no further files, nor does a folder's place: computed again the next time.
+            with suppress(PermissionError, IsADirectoryError), atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, values=values)
         return values
 
@@ -176,7 +175,7 @@ def extract(
         share.wait()
         if share.index == 0:
             if content_state(batch) != state:
-                shutil.rmtree(entry / _BLOCKS)
+                shutil.rmtree(entry / _BLOCKS, ignore_errors=not (entry / _BLOCKS).exists())
                 raise InputError(f"{batch.path} changed while its features were computed; start again when it is complete.")
             _assemble(entry, record, batch.pictures.count, label)
         share.wait()
@@ -219,7 +218,11 @@ def _problem(entry: Path, record: dict[str, Any]) -> str | None:
     if (found.get("content"), found.get("network")) != (record["content"], record["network"]):
         return "they are of another batch or network"
     for name in _FINISHED if found["files"] else ():
-        if not (entry / name).is_file() or sha256(entry / name) != found["files"].get(name):
+        try:
+            whole = sha256(entry / name) == found["files"].get(name)
+        except OSError:
+            whole = False
+        if not whole:
             return f"{name} is missing or damaged"
     return None
 
@@ -227,7 +230,7 @@ def _problem(entry: Path, record: dict[str, Any]) -> str | None:
 def _record_in(entry: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((entry / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,8 +18,13 @@ from numpy.typing import NDArray
 from metrics.frechet import Statistics
 from runtime.config import InputError
 
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
-"""What reading a damaged archive raises."""
+DAMAGE = (
+    OSError, ValueError, KeyError, RuntimeError, SyntaxError, EOFError, tokenize.TokenError, struct.error, zlib.error,
+    lzma.LZMAError, zipfile.BadZipFile,
+)  # fmt: skip
+"""What opening and reading a damaged archive raises; RuntimeError where it is encrypted or packed by an unknown method."""
+_ASYMMETRY = 1e-3
+"""As in `metrics.frechet`, which would refuse such a covariance only after the features of all pictures."""
 
 
 class Member(NamedTuple):
@@ -38,8 +45,10 @@ def find_member(path: Path, name: str) -> Member:
             info = archive.getinfo(f"{name}.npy")
             with archive.open(info) as file:
                 shape, in_fortran_order, dtype = _read_header(file)
+                if any(size < 0 for size in shape):
+                    raise ValueError(f"its shape is {shape}")
                 return Member(info, file.tell(), shape, in_fortran_order, dtype)
-    except (ValueError, KeyError, OSError, RuntimeError, *DAMAGE) as error:  # RuntimeError: encrypted, or packed unknowably
+    except (MemoryError, *DAMAGE) as error:  # MemoryError: Python's parser, of a header of many brackets
         raise InputError(f"{path}: {name} cannot be read ({one_line(error)}); write the file again.") from None
 
 
@@ -68,17 +77,20 @@ def read_statistics(path: Path, names: set[str], mean_name: str, covariance_name
         (missing,) = {mean_name, covariance_name} - names
         raise InputError(f"{path} holds {present.pop()} without {missing}; store both or neither.")
     sizes = [_numbers(path, name) for name in (mean_name, covariance_name)]
-    if len(sizes[0]) != 1 or sizes[1] != sizes[0] * 2:
+    if len(sizes[0]) != 1 or sizes[0] == (0,) or sizes[1] != sizes[0] * 2:
         raise InputError(f"{path}: {mean_name} has the shape {sizes[0]} and {covariance_name} the shape {sizes[1]}; (D,) and "
-                         "(D, D) are needed.")  # fmt: skip
+                         "(D, D) are needed; compute them again.")  # fmt: skip
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean = np.asarray(arrays[mean_name], dtype=np.float64)
             covariance = np.asarray(arrays[covariance_name], dtype=np.float64)
-    except (ValueError, MemoryError, OSError, *DAMAGE) as error:
-        raise InputError(f"{path}: {mean_name} or {covariance_name} cannot be read ({one_line(error)}).") from None
+    except (MemoryError, *DAMAGE) as error:
+        raise InputError(f"{path}: {mean_name} or {covariance_name} cannot be read ({one_line(error)}); "
+                         "compute them again.") from None  # fmt: skip
     if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
-        raise InputError(f"{path}: {mean_name} or {covariance_name} holds numbers that are not finite.")
+        raise InputError(f"{path}: {mean_name} or {covariance_name} holds numbers that are not finite; compute them again.")
+    if np.abs(covariance - covariance.T).max() > _ASYMMETRY * np.abs(covariance).max():
+        raise InputError(f"{path}: {covariance_name} is not symmetric, which every covariance is; compute it again.")
     return Statistics(mean, covariance, _read_count(path) if "count" in names else None)
 
 
@@ -101,7 +113,7 @@ def read_network(path: Path) -> dict[str, str]:
     value = _read_small(path, "network", 1, needed)
     try:
         network = json.loads(str(value.item()))
-    except ValueError:
+    except (ValueError, RecursionError):
         network = None
     if not isinstance(network, dict) or not all(isinstance(text, str) for text in network.values()):
         raise _unfit(path, "network", value, needed)
@@ -135,12 +147,12 @@ def _numbers(path: Path, name: str) -> tuple[int, ...]:
 def _read_small(path: Path, name: str, largest: int, needed: str) -> NDArray[Any]:
     """An array of up to `largest` elements: its header is looked at before memory is spent."""
     member = find_member(path, name)
-    if int(np.prod(member.shape)) > largest:
+    if math.prod(member.shape) > largest:
         raise _unfit(path, name, member, needed)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays[name])
-    except (ValueError, OSError, *DAMAGE) as error:
+    except (MemoryError, *DAMAGE) as error:
         raise InputError(f"{path}: {name} cannot be read ({one_line(error)}); mend it or leave it out.") from None
 
 

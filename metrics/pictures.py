@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import time
 import zipfile
 import zlib
@@ -38,6 +39,7 @@ _PIECE = 1 << 20
 _WORTH_A_BAR = 1 << 30
 _SETTLED_SECONDS = 2.0
 _AHEAD = 64
+_BROKEN_PNG = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 Result = TypeVar("Result")
 
@@ -51,7 +53,7 @@ class Pictures(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """The files that hold them, relative to the batch's path; "" is the path itself."""
+        """The files that hold them by now, relative to the batch's path; "" is the path itself."""
         ...
 
     @property
@@ -103,14 +105,18 @@ def open_batch(path: str | os.PathLike[str]) -> PictureBatch:
     Raises InputError for anything that cannot be evaluated.
     """
     place = Path(path)
-    if place.is_dir():
-        return PictureBatch(place, FolderPictures(place), None, None)
-    if not place.exists():
-        raise InputError(f"{place}: no such file or folder; give an npz with arr_0 or a folder of PNGs.")
     try:
+        if place.is_dir():
+            return PictureBatch(place, FolderPictures(place), None, None)
         with zipfile.ZipFile(place) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{place}: no such file or folder; give an npz with arr_0 or a folder of PNGs.") from None
+    except PermissionError:
+        raise InputError(f"{place} cannot be read (permission denied); let its owner make it readable.") from None
+    except DAMAGE as error:
         raise InputError(f"{place} is not a readable npz file ({one_line(error)}); write it with numpy.savez.") from None
     pool = read_statistics(place, names, "mu", "sigma")
     spatial = read_statistics(place, names, "mu_s", "sigma_s")
@@ -155,19 +161,20 @@ class NpzPictures:
 
     def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
         """As `Pictures.pieces`. Raises InputError where the file turns out to be damaged."""
-        with self._opened() as (file, start):
-            for first, stop in ranges:
-                size = (stop - first) * self._picture_bytes
-                try:
+        first = 0
+        try:
+            with self._opened() as (file, start):
+                for first, stop in ranges:
+                    size = (stop - first) * self._picture_bytes
                     file.seek(start + first * self._picture_bytes)
                     content = file.read(size)
-                except DAMAGE as error:
-                    raise InputError(
-                        f"{self._path} is damaged after picture {first} ({one_line(error)}); write it again."
-                    ) from None
-                if len(content) != size:
-                    raise InputError(f"{self._path} is cut short after picture {first}; write it again.")
-                yield np.frombuffer(content, dtype=np.uint8).reshape(-1, self.height, self.width, 3)
+                    if len(content) != size:
+                        raise InputError(f"{self._path} is cut short after picture {first}; write it again.")
+                    yield np.frombuffer(content, dtype=np.uint8).reshape(-1, self.height, self.width, 3)
+        except InputError:
+            raise
+        except DAMAGE as error:
+            raise InputError(f"{self._path} is damaged after picture {first} ({one_line(error)}); write it again.") from None
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[NDArray[np.uint8]]:
         """As `Pictures.batches`."""
@@ -216,28 +223,35 @@ class FolderPictures:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with os.scandir(path) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+        names = _files_in(path)
         other = [name for name in names if Path(name).suffix.lower() in _OTHER_PICTURES]
         if other:
             raise InputError(f"{path} holds {min(other)}, which is no PNG; convert it without loss or move it elsewhere.")
-        self.names = [name for name in sorted(names, key=_numeric_order) if name.lower().endswith(".png")]
-        if not self.names:
+        self._names = _pngs_among(names)
+        if not self._names:
             raise InputError(f"{path} holds no PNG files (subfolders are not searched).")
         with ThreadPoolExecutor() as threads:
-            sizes = list(threads.map(lambda name: _png_size(path / name), self.names))
-        for name, size in zip(self.names, sizes, strict=True):
+            sizes = list(threads.map(lambda name: _png_size(path / name), self._names))
+        for name, size in zip(self._names, sizes, strict=True):
             if size != sizes[0]:
                 raise InputError(
-                    f"{path} mixes sizes: {self.names[0]} is {sizes[0][0]} x {sizes[0][1]}, {name} is "
+                    f"{path} mixes sizes: {self._names[0]} is {sizes[0][0]} x {sizes[0][1]}, {name} is "
                     f"{size[0]} x {size[1]} pixels; keep pictures of one size."
                 )
-        self.count = len(self.names)
+        self.count = len(self._names)
         self.width, self.height = sizes[0]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The PNGs that the folder holds by now, so that one added after opening is a change; those of opening are read."""
+        try:
+            return _pngs_among(_files_in(self._path))
+        except OSError:  # the folder is gone, and with it each of them
+            return self._names
 
     def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
         """As `Pictures.pieces`. Raises InputError naming the first file that cannot be decoded."""
-        pictures = _in_order(_decode, (self._path / name for first, stop in ranges for name in self.names[first:stop]))
+        pictures = _in_order(self._load, (self._path / name for first, stop in ranges for name in self._names[first:stop]))
         for first, stop in ranges:
             yield np.stack(list(islice(pictures, stop - first)))
 
@@ -249,19 +263,28 @@ class FolderPictures:
         """As `Pictures.take`."""
         wanted = _checked_indices(indices, self.count)
         taken = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
-        for row, picture in enumerate(_in_order(_decode, [self._path / self.names[index] for index in wanted])):
+        for row, picture in enumerate(_in_order(self._load, [self._path / self._names[index] for index in wanted])):
             taken[row] = picture
         return taken
 
     def digest(self) -> str:
-        """SHA-256 over name, length and content of each PNG, in order."""
+        """SHA-256 over name, length and content of each PNG, in order. Raises InputError where PNGs came or went meanwhile."""
+        if self.names != self._names:
+            raise InputError(f"{self._path} changed while it was read; start again when it is complete.")
         digest = hashlib.sha256()
-        with _bar(sum((self._path / name).stat().st_size for name in self.names), self._path) as bar:
-            contents = _in_order(Path.read_bytes, (self._path / name for name in self.names))
-            for name, content in zip(self.names, contents, strict=True):
-                digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        with _bar(sum((self._path / name).stat().st_size for name in self._names), self._path) as bar:
+            contents = _in_order(Path.read_bytes, (self._path / name for name in self._names))
+            for name, content in zip(self._names, contents, strict=True):
+                digest.update(os.fsencode(f"{name}\0{len(content)}\0") + content)
                 bar.update(len(content))
         return digest.hexdigest()
+
+    def _load(self, file: Path) -> NDArray[np.uint8]:
+        picture = _decode(file)
+        if picture.shape != (self.height, self.width, 3):
+            raise InputError(f"{file} is no RGB picture of {self.width} x {self.height} pixels any more; the folder changed "
+                             "while it was read, start again when it is complete.")  # fmt: skip
+        return picture
 
 
 def content_hash(batch: PictureBatch, memory: Path | None = None) -> str:
@@ -273,11 +296,12 @@ def content_hash(batch: PictureBatch, memory: Path | None = None) -> str:
     each time, because a further change might leave its times as they are.
     Raises InputError for a damaged file, and for one that changes while it is read.
     """
-    place, state = str(batch.path.resolve()), content_state(batch)
-    note = memory / f"content-{hashlib.sha256(place.encode()).hexdigest()[:16]}.json" if memory else None
-    known = _remembered(note) if note else {}
-    if (known.get("path"), known.get("state")) == (place, state.text):
-        return str(known["sha256"])
+    place, state = os.fsencode(batch.path.resolve()), content_state(batch)
+    note = memory / f"content-{hashlib.sha256(place).hexdigest()[:16]}.json" if memory else None
+    described = {"path": place.decode(errors="backslashreplace"), "state": state.text}
+    known = _remembered(note, described) if note else None
+    if known:
+        return known
     try:
         content = batch.pictures.digest() if batch.pictures else sha256(batch.path)
         unchanged = content_state(batch) == state
@@ -286,8 +310,9 @@ def content_hash(batch: PictureBatch, memory: Path | None = None) -> str:
     if not unchanged:
         raise InputError(f"{batch.path} changed while it was read; start again when it is complete.")
     if note and time.time() - state.latest > _SETTLED_SECONDS:
-        with suppress(PermissionError):  # a note of another user, in a folder for all: hashed again the next time
-            write_json(note, {"path": place, "state": state.text, "sha256": content})
+        # A note of another user, in a folder for all, or a folder in its place: hashed again the next time.
+        with suppress(PermissionError, IsADirectoryError):
+            write_json(note, _note(described, content))
     return content
 
 
@@ -302,25 +327,34 @@ def content_state(batch: PictureBatch) -> ContentState:
     """Names, sizes and times of a batch's files: two states differ when something was written between them."""
     pictures = batch.pictures
     # The pictures of one folder may be cropped to one size or another, and by a rule that is mended later.
-    digest, latest = hashlib.sha256(f"{pictures.preparation}\0".encode() if pictures else b""), 0
+    digest, latest = hashlib.sha256(f"{pictures.preparation}\0{pictures.count}\0".encode() if pictures else b""), 0
     for name in pictures.names if pictures else [""]:
         try:
             found = os.stat(batch.path / name)
-        except FileNotFoundError:
-            digest.update(f"{name} is gone\0".encode())
+        except (FileNotFoundError, NotADirectoryError):
+            digest.update(os.fsencode(f"{name} is gone\0"))
             continue
-        digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0".encode())
+        digest.update(os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0"))
         latest = max(latest, found.st_mtime_ns, found.st_ctime_ns)
     return ContentState(digest.hexdigest(), latest / 1e9)
 
 
-def _remembered(note: Path) -> dict[str, Any]:
-    """What a note of `content_hash` says; nothing where it is missing or unreadable, and the content is then hashed anew."""
+def _note(described: Mapping[str, str], content: str) -> dict[str, str]:
+    """What a note of `content_hash` holds: whose SHA-256, that, and a checksum by which damage to either is noticed."""
+    fields = {**described, "sha256": content}
+    return {**fields, "checksum": hashlib.sha256(json.dumps(fields).encode()).hexdigest()}
+
+
+def _remembered(note: Path, described: Mapping[str, str]) -> str | None:
+    """The SHA-256 in a note that is of what is described; None where the content is to be hashed anew."""
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) and isinstance(known.get("sha256"), str) else {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    content = known.get("sha256") if isinstance(known, dict) else None
+    if not isinstance(content, str) or not re.fullmatch("[0-9a-f]{64}", content) or known != _note(described, content):
+        return None
+    return content
 
 
 def _bar(total: int, path: Path) -> tqdm:
@@ -346,22 +380,33 @@ def _checked_indices(indices: ArrayLike, count: int) -> NDArray[np.int64]:
     return wanted
 
 
+def _files_in(folder: Path) -> list[str]:
+    """Names of the files, hidden ones apart; of links too, wherever they lead: one that leads nowhere is no picture less."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if not entry.name.startswith(".") and (entry.is_symlink() or entry.is_file())]
+
+
+def _pngs_among(names: Iterable[str]) -> list[str]:
+    return [name for name in sorted(names, key=_numeric_order) if name.lower().endswith(".png")]
+
+
 def _png_size(file: Path) -> tuple[int, int]:
     """(width, height) from a PNG's header. Raises InputError for anything but an RGB PNG."""
     try:
         with Image.open(file, formats=("PNG",)) as picture:
-            if picture.mode != "RGB":
-                raise InputError(f"{file} is not an RGB picture (its mode is {picture.mode}); convert it to RGB.")
-            return picture.size
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{file} is not a readable PNG ({one_line(error)}).") from None
+            mode, size = picture.mode, picture.size
+    except _BROKEN_PNG as error:
+        raise InputError(f"{file} is not a readable PNG ({one_line(error)}); write it again or remove it.") from None
+    if mode != "RGB":
+        raise InputError(f"{file} is not an RGB picture (its mode is {mode}); convert it to RGB.")
+    return size
 
 
 def _decode(file: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(file, formats=("PNG",)) as picture:
             return np.asarray(picture)
-    except (OSError, SyntaxError) as error:
+    except _BROKEN_PNG as error:
         raise InputError(f"{file} cannot be decoded ({one_line(error)}); write it again.") from None
 
 

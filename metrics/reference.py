@@ -20,9 +20,7 @@ from runtime.config import InputError
 from runtime.files import stream_npz
 
 
-def usable_statistics(
-    batch: PictureBatch, network: Mapping[str, str] | None, trusted: bool
-) -> tuple[PictureBatch, list[str]]:
+def usable_statistics(batch: PictureBatch, network: Mapping[str, str] | None, trusted: bool) -> tuple[PictureBatch, list[str]]:
     """`batch` without statistics that are of another network than `network` (a `networks.description`), and warnings.
 
     A file that does not say which network made its `mu` and `sigma` is taken to be one of ADM's, because ADM's own do not say

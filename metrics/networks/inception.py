@@ -42,7 +42,7 @@ class GraphInception:
         self, name: str, protocol: str, file: WeightsFile, nodes: Mapping[str, Node], head: NDArray[np.float32] | None,
         device: torch.device,
     ) -> None:  # fmt: skip
-        """Puts the network on `device` and tries it on one small picture.
+        """Puts the network on `device` and tries it on two small pictures.
 
         Raises InputError, naming the file, where the nodes are not such a network's.
         """
@@ -71,14 +71,20 @@ class GraphInception:
             return _rows(pool), _rows(spatial[..., :SPATIAL_CHANNELS])
 
     def _try(self) -> None:
-        """A graph of shapes that do not fit is found before the first of many pictures is read."""
+        """A graph of shapes that do not fit is found before the first of many pictures is read.
+
+        Two pictures: a fixed number of rows, or pictures that become one row, would fit one.
+        """
         try:
-            pool, _ = self._run(np.zeros((1, 32, 48, 3), dtype=np.uint8))
-        except torch.OutOfMemoryError:
+            pool, spatial = self._run(np.zeros((2, 32, 48, 3), dtype=np.uint8))
+        except (InputError, torch.OutOfMemoryError):
             raise
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, IndexError) as error:
             raise InputError(f"{' '.join(str(error).split())}; the file is damaged or of another network.") from None
-        if self.head is not None and self.head.shape[:1] != pool.shape[1:]:
+        if not len(pool) == len(spatial) == 2:
+            raise InputError(f"two pictures give {len(pool)} rows of {POOL} and {len(spatial)} of {SPATIAL}; the file is damaged "
+                             "or of another network.")  # fmt: skip
+        if self.head is not None and (self.head.shape[:1] != pool.shape[1:] or self.head.size == 0):
             raise InputError(f"its class weights {self.head.shape} do not fit the {pool.shape[1]} features of {POOL}.")
 
 

@@ -19,6 +19,9 @@ from torch import Tensor
 from metrics.networks.graph import Node
 from runtime.config import InputError
 
+_LARGEST_SIDE = 4096
+"""Of a resized picture, in pixels. Networks take some hundreds; a damaged number could ask for more than the memory."""
+
 Operation = Callable[[Node, Sequence[Tensor]], Tensor]
 
 
@@ -202,6 +205,8 @@ def resize_bilinear(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     coincide; published Inception features depend on it.
     """
     pictures, (height, width) = inputs[0].float(), inputs[1].tolist()
+    if not 1 <= min(height, width) <= max(height, width) <= _LARGEST_SIDE:
+        raise unusable(node, f"asks for pictures of {width} x {height} pixels")
     # Columns first, then rows: TensorFlow's order, and its rounding with it.
     return _interpolate(node, _interpolate(node, pictures, 2, width), 1, height)
 
@@ -260,7 +265,10 @@ def squeeze(node: Node, inputs: Sequence[Tensor]) -> Tensor:
 
 def cast(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     """Cast to the data type DstT."""
-    return inputs[0].to(getattr(torch, required(node, "DstT").name))
+    target = required(node, "DstT")
+    if not isinstance(target, np.dtype):
+        raise unusable(node, f"has the data type {target!r}")
+    return inputs[0].to(getattr(torch, target.name))
 
 
 def unchanged(node: Node, inputs: Sequence[Tensor]) -> Tensor:

@@ -34,28 +34,33 @@ class TensorFlowInception:
     def __init__(self, graph: WeightsFile) -> None:
         """Loads the graph. Raises InputError where TensorFlow is missing or the file is not such a graph."""
         self.sha256 = graph.sha256
+        self._path = graph.path
         require_tensorflow()
         with _silenced_standard_error():
             # Level 3 leaves fatal messages alone; TensorFlow reads it at import.
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             import tensorflow
 
-            self._open(tensorflow, graph.path)
+            self._errors = (ValueError, TypeError, IndexError, tensorflow.errors.OpError)
+            try:
+                self._open(tensorflow)
+                self._try()
+            except InputError:
+                raise
+            except self._errors as error:
+                raise self._cannot_run(error) from None
 
-    def _open(self, tensorflow: Any, path: Path) -> None:
-        definition = _graph_definition(tensorflow, path)
+    def _open(self, tensorflow: Any) -> None:
+        definition = _graph_definition(tensorflow, self._path)
         tensorflow.config.experimental.enable_tensor_float_32_execution(False)
         v1 = tensorflow.compat.v1
         with tensorflow.Graph().as_default() as graph:
             # The graph's own input is one JPEG. Feeding the node behind it a batch is ADM's way, and resizing stays inside.
             self._input = v1.placeholder(tensorflow.float32, (None, None, None, 3))
             wanted = [f"{name}:0" for name in (POOL, SPATIAL, LOGITS)]
-            try:
-                pool, spatial, logits = v1.import_graph_def(
-                    definition, input_map={f"{INPUT}:0": self._input}, return_elements=wanted
-                )
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{path} cannot be run by TensorFlow: {' '.join(str(error).split())}") from None
+            pool, spatial, logits = v1.import_graph_def(
+                definition, input_map={f"{INPUT}:0": self._input}, return_elements=wanted
+            )
             self._outputs = (pool, spatial[..., :SPATIAL_CHANNELS])
             config = v1.ConfigProto(gpu_options=v1.GPUOptions(allow_growth=True))
             self._session = v1.Session(graph=graph, config=config)
@@ -63,8 +68,27 @@ class TensorFlowInception:
 
     def activations(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """As `FeatureNetwork.activations`: pool features (N, 2048), spatial features (N, 2023)."""
-        pool, spatial = self._session.run(self._outputs, {self._input: pictures.astype(np.float32)})
+        try:
+            pool, spatial = self._session.run(self._outputs, {self._input: pictures.astype(np.float32)})
+        except self._errors as error:
+            raise self._cannot_run(error) from None
+        if pool.shape[:1] != (len(pictures),) or spatial.shape[:1] != (len(pictures),):
+            raise InputError(f"{self._path}: {len(pictures)} pictures give {POOL} of the shape {pool.shape} and {SPATIAL} of the "
+                             f"shape {spatial.shape}; the file is damaged or of another network.")  # fmt: skip
         return pool.reshape(len(pictures), -1), spatial.reshape(len(pictures), -1)  # (N, 2048), (N, 17 * 17 * 7)
+
+    def _try(self) -> None:
+        """A graph of shapes that do not fit is found before the first of many pictures is read."""
+        pool, _ = self.activations(np.zeros((2, 32, 48, 3), np.uint8))
+        shape = np.shape(self.head)
+        if len(shape) != 2 or shape[0] != pool.shape[1] or shape[1] == 0:
+            raise InputError(f"{self._path}: its class weights {shape} do not fit the {pool.shape[1]} features of {POOL}; "
+                             "the file is damaged or of another network.")  # fmt: skip
+
+    def _cannot_run(self, error: Exception) -> InputError:
+        # What follows the first line of TensorFlow's message are its own addresses and a trace.
+        reason = str(getattr(error, "message", error)).strip().partition("\n")[0]
+        return InputError(f"{self._path} cannot be run by TensorFlow: {reason}; the file is damaged or of another network.")
 
 
 def require_tensorflow() -> None:

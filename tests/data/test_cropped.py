@@ -183,7 +183,7 @@ def test_a_picture_that_breaks_later(folder: Path) -> None:
 
 
 def test_bad_sources(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(InputError, match="--image-size must be at least 1, not 0"):
+    with pytest.raises(InputError, match="--image-size must be at least 1 and at most 4,096, not 0"):
         CroppedPictures(folder, 0)
     with pytest.raises(InputError, match="no such folder or zip file"):
         CroppedPictures(tmp_path / "missing", 8)
