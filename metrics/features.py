@@ -175,7 +175,8 @@ def extract(
         share.wait()
         if share.index == 0:
             if content_state(batch) != state:
-                shutil.rmtree(entry / _BLOCKS, ignore_errors=not (entry / _BLOCKS).exists())
+                with suppress(FileNotFoundError):  # no block was written, or all of them are gone
+                    shutil.rmtree(entry / _BLOCKS)
                 raise InputError(f"{batch.path} changed while its features were computed; start again when it is complete.")
             _assemble(entry, record, batch.pictures.count, label)
         share.wait()

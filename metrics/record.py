@@ -108,7 +108,7 @@ def settings_of(scores: Scores, batch_size: int, repeats: int) -> dict[str, Any]
 def description(batch: PictureBatch, features: Features) -> dict[str, Any]:
     """What a batch is: where it lies, the SHA-256 of its content, how many pictures, and where its statistics come from."""
     pictures = batch.pictures
-    of = batch.network.get("name") if batch.network else "a network that the file does not name"
+    maker = batch.network.get("name") if batch.network else "a network that the file does not name"
     return {
         "path": str(batch.path.resolve()),
         "sha256": features.content or content_hash(batch),
@@ -117,7 +117,8 @@ def description(batch: PictureBatch, features: Features) -> dict[str, Any]:
         "width": pictures.width if pictures else None,
         "fid_statistics": READ if batch.pool else "computed from the pictures" if pictures else None,
         "sfid_statistics": READ if batch.spatial else "computed from the pictures" if pictures else None,
-        "statistics_by": of if batch.pool or batch.spatial else None,
+        "statistics_by": maker if batch.pool or batch.spatial else None,
+        "statistics_count": batch.pool.count if batch.pool else None,
     }
 
 
@@ -148,7 +149,10 @@ def _sources(batch: Mapping[str, Any]) -> list[str]:
     shown = " ".join(dict.fromkeys(sources.values())) if len(set(sources.values())) == 1 else ", ".join(
         f"{name} {source}" for name, source in sources.items()
     )  # fmt: skip
-    return [f"statistics {shown}" + (f"; of {batch['statistics_by']}" if batch["statistics_by"] else "")] if sources else []
+    if not sources:
+        return []
+    made_of = f", made of {batch['statistics_count']:,} pictures" if batch["statistics_count"] else ""
+    return [f"statistics {shown}" + (f" by {batch['statistics_by']}{made_of}" if batch["statistics_by"] else "")]
 
 
 def _score_line(record: Mapping[str, Any], key: str) -> str:

@@ -82,10 +82,12 @@ class GraphInception:
         except (RuntimeError, TypeError, IndexError) as error:
             raise InputError(f"{' '.join(str(error).split())}; the file is damaged or of another network.") from None
         if not len(pool) == len(spatial) == 2:
-            raise InputError(f"two pictures give {len(pool)} rows of {POOL} and {len(spatial)} of {SPATIAL}; the file is damaged "
-                             "or of another network.")  # fmt: skip
+            raise InputError(f"two pictures give {len(pool)} rows of {POOL} and {len(spatial)} of {SPATIAL}; the file is "
+                             "damaged or of another network.")  # fmt: skip
         if self.head is not None and (self.head.shape[:1] != pool.shape[1:] or self.head.size == 0):
             raise InputError(f"its class weights {self.head.shape} do not fit the {pool.shape[1]} features of {POOL}.")
+        if self.head is not None and not np.isfinite(self.head).all():
+            raise InputError("its class weights are not all finite numbers; the file is damaged.")
 
 
 def open_adm_graph(file: WeightsFile, device: torch.device) -> GraphInception:

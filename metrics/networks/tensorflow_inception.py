@@ -73,22 +73,23 @@ class TensorFlowInception:
         except self._errors as error:
             raise self._cannot_run(error) from None
         if pool.shape[:1] != (len(pictures),) or spatial.shape[:1] != (len(pictures),):
-            raise InputError(f"{self._path}: {len(pictures)} pictures give {POOL} of the shape {pool.shape} and {SPATIAL} of the "
-                             f"shape {spatial.shape}; the file is damaged or of another network.")  # fmt: skip
+            raise InputError(f"{self._path}: {len(pictures)} pictures give {POOL} of the shape {pool.shape} and {SPATIAL} of "
+                             f"the shape {spatial.shape}; the file is damaged or of another network.")  # fmt: skip
         return pool.reshape(len(pictures), -1), spatial.reshape(len(pictures), -1)  # (N, 2048), (N, 17 * 17 * 7)
 
     def _try(self) -> None:
         """A graph of shapes that do not fit is found before the first of many pictures is read."""
         pool, _ = self.activations(np.zeros((2, 32, 48, 3), np.uint8))
         shape = np.shape(self.head)
-        if len(shape) != 2 or shape[0] != pool.shape[1] or shape[1] == 0:
-            raise InputError(f"{self._path}: its class weights {shape} do not fit the {pool.shape[1]} features of {POOL}; "
-                             "the file is damaged or of another network.")  # fmt: skip
+        if len(shape) != 2 or shape[0] != pool.shape[1] or shape[1] == 0 or not np.isfinite(self.head).all():
+            raise InputError(f"{self._path}: its class weights {shape} do not fit the {pool.shape[1]} features of {POOL}, or are "
+                             "not finite; the file is damaged or of another network.")  # fmt: skip
 
     def _cannot_run(self, error: Exception) -> InputError:
         # What follows the first line of TensorFlow's message are its own addresses and a trace.
         reason = str(getattr(error, "message", error)).strip().partition("\n")[0]
-        return InputError(f"{self._path} cannot be run by TensorFlow: {reason}; the file is damaged or of another network.")
+        return InputError(f"{self._path} cannot be run by TensorFlow: {reason}; fetch the file again, or lower --batch-size "
+                          "where memory is short.")  # fmt: skip
 
 
 def require_tensorflow() -> None:
