@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,15 +13,13 @@ from tqdm import tqdm
 
 from data.images import BrokenPicture, FolderSource, Listing, PictureSource, load_picture, open_source
 from runtime.config import InputError
+from runtime.files import read_ahead
 
 CROP_VERSION = 1
 """Raised whenever `data.images.center_crop` or `to_rgb` gives other pixels: the digest stands for the pictures as they are
 used, and features of the old pixels would be found under it."""
 _LARGEST_SIZE = 4096
-_AHEAD = 64
 _BROKEN_NAMED = 3
-
-Result = TypeVar("Result")
 
 
 class CroppedPictures:
@@ -49,7 +44,7 @@ class CroppedPictures:
 
     def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
         """The pictures of each range (first, stop). Raises InputError naming the first one that cannot be decoded."""
-        pictures = _in_order(self._load, (name for first, stop in ranges for name in self._listing.names[first:stop]))
+        pictures = read_ahead(self._load, (name for first, stop in ranges for name in self._listing.names[first:stop]))
         for first, stop in ranges:
             yield np.stack(list(islice(pictures, stop - first)))
 
@@ -62,7 +57,7 @@ class CroppedPictures:
         """The pictures of these indices, in any order and with repeats. (n,) -> (n, size, size, 3)"""
         names = [self._listing.names[index] for index in np.asarray(indices, dtype=np.int64)]
         taken = np.empty((len(names), self.height, self.width, 3), np.uint8)
-        for row, picture in enumerate(_in_order(self._load, names)):
+        for row, picture in enumerate(read_ahead(self._load, names)):
             taken[row] = picture
         return taken
 
@@ -76,7 +71,7 @@ class CroppedPictures:
         digest = hashlib.sha256(f"{self.preparation}\0".encode())
         broken = []
         names = tqdm(self._listing.names, f"{self._source.path.name}: checking", unit=" pictures", dynamic_ncols=True)
-        for name, (content, problem) in zip(names, _in_order(self._examine, self._listing.names), strict=True):
+        for name, (content, problem) in zip(names, read_ahead(self._examine, self._listing.names), strict=True):
             digest.update(f"{name}\0{content}\0".encode())
             if problem:
                 broken.append(f"{name} ({problem})")
@@ -117,15 +112,3 @@ class _HashedSource(PictureSource):
         content = self._source.read(name)
         self.sha256 = hashlib.sha256(content).hexdigest()
         return content
-
-
-def _in_order(function: Callable[[str], Result], names: Iterable[str]) -> Iterator[Result]:
-    """`function` of each name, in order, computed by threads up to `_AHEAD` names ahead."""
-    coming: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor() as threads:
-        for name in names:
-            coming.append(threads.submit(function, name))
-            if len(coming) > _AHEAD:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()

@@ -15,14 +15,13 @@ import struct
 import time
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, TypeVar
+from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,16 +31,13 @@ from tqdm import tqdm
 from metrics.frechet import Statistics
 from metrics.npz import DAMAGE, find_member, one_line, read_labels, read_network, read_statistics, stored_at
 from runtime.config import InputError
-from runtime.files import sha256, write_json
+from runtime.files import read_ahead, sha256, write_json
 
 _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif"}
 _PIECE = 1 << 20
 _WORTH_A_BAR = 1 << 30
 _SETTLED_SECONDS = 2.0
-_AHEAD = 64
 _BROKEN_PNG = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-
-Result = TypeVar("Result")
 
 
 class Pictures(Protocol):
@@ -251,7 +247,7 @@ class FolderPictures:
 
     def pieces(self, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
         """As `Pictures.pieces`. Raises InputError naming the first file that cannot be decoded."""
-        pictures = _in_order(self._load, (self._path / name for first, stop in ranges for name in self._names[first:stop]))
+        pictures = read_ahead(self._load, (self._path / name for first, stop in ranges for name in self._names[first:stop]))
         for first, stop in ranges:
             yield np.stack(list(islice(pictures, stop - first)))
 
@@ -263,7 +259,7 @@ class FolderPictures:
         """As `Pictures.take`."""
         wanted = _checked_indices(indices, self.count)
         taken = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
-        for row, picture in enumerate(_in_order(self._load, [self._path / self._names[index] for index in wanted])):
+        for row, picture in enumerate(read_ahead(self._load, [self._path / self._names[index] for index in wanted])):
             taken[row] = picture
         return taken
 
@@ -273,7 +269,7 @@ class FolderPictures:
             raise InputError(f"{self._path} changed while it was read; start again when it is complete.")
         digest = hashlib.sha256()
         with _bar(sum((self._path / name).stat().st_size for name in self._names), self._path) as bar:
-            contents = _in_order(Path.read_bytes, (self._path / name for name in self._names))
+            contents = read_ahead(Path.read_bytes, (self._path / name for name in self._names))
             for name, content in zip(self._names, contents, strict=True):
                 digest.update(os.fsencode(f"{name}\0{len(content)}\0") + content)
                 bar.update(len(content))
@@ -359,18 +355,6 @@ def _remembered(note: Path, described: Mapping[str, str]) -> str | None:
 
 def _bar(total: int, path: Path) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc=f"{path.name}: hashing the content", disable=total < _WORTH_A_BAR)
-
-
-def _in_order(function: Callable[[Path], Result], files: Iterable[Path]) -> Iterator[Result]:
-    """`function` of each file, in order, computed by threads up to `_AHEAD` files ahead."""
-    coming: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor() as threads:
-        for file in files:
-            coming.append(threads.submit(function, file))
-            if len(coming) > _AHEAD:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
 
 
 def _checked_indices(indices: ArrayLike, count: int) -> NDArray[np.int64]:

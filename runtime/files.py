@@ -7,14 +7,19 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from runtime.config import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -84,7 +89,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused: other readers do not know them."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A path on disk may hold bytes that are no UTF-8; Python hands them on as lone surrogates.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def stream_npz(
@@ -104,6 +110,18 @@ def stream_npz(
         for name, array in others.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy", _EARLIEST), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
+def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 64) -> Iterator[Result]:
+    """`function` of each item, in order, computed by threads up to `ahead` items ahead: for files that take time to decode."""
+    coming: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor() as threads:
+        for item in items:
+            coming.append(threads.submit(function, item))
+            if len(coming) > ahead:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

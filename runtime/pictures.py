@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime.config import InputError
-from runtime.files import atomic_write, stream_npz
+from runtime.files import atomic_write, read_ahead, stream_npz
 
 THREADS = 4
 
@@ -64,17 +63,9 @@ def pack_pictures(
     picture at a time; what stands in memory does not depend on the pictures. InputError names a picture that is missing or
     damaged.
     """
-    pictures = tqdm(_read_ahead(folder, count, size), "pack", count, unit=" pictures", dynamic_ncols=True)
+    decoded = read_ahead(lambda index: _read_picture(picture_path(folder, index), size), range(count), 8 * THREADS)
+    pictures = tqdm(decoded, "pack", count, unit=" pictures", dynamic_ncols=True)
     stream_npz(target, (count, *size, 3), pictures, {} if labels is None else {"arr_1": labels})
-
-
-def _read_ahead(folder: Path, count: int, size: tuple[int, int]) -> Iterator[bytes]:
-    """The pixels of the pictures in order, decoded a few ahead by threads."""
-    window = 8 * THREADS
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, count, window):
-            indices = range(start, min(count, start + window))
-            yield from pool.map(lambda index: _read_picture(picture_path(folder, index), size), indices)
 
 
 def _read_picture(path: Path, size: tuple[int, int]) -> bytes:

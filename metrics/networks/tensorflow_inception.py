@@ -80,10 +80,10 @@ class TensorFlowInception:
     def _try(self) -> None:
         """A graph of shapes that do not fit is found before the first of many pictures is read."""
         pool, _ = self.activations(np.zeros((2, 32, 48, 3), np.uint8))
-        shape = np.shape(self.head)
-        if len(shape) != 2 or shape[0] != pool.shape[1] or shape[1] == 0 or not np.isfinite(self.head).all():
-            raise InputError(f"{self._path}: its class weights {shape} do not fit the {pool.shape[1]} features of {POOL}, or are "
-                             "not finite; the file is damaged or of another network.")  # fmt: skip
+        head = np.asarray(self.head)
+        if head.ndim != 2 or len(head) != pool.shape[1] or head.size == 0 or not np.isfinite(head).all():
+            raise InputError(f"{self._path}: its class weights {head.shape} do not fit the {pool.shape[1]} features of {POOL}, "
+                             "or are not finite; the file is damaged or of another network.")  # fmt: skip
 
     def _cannot_run(self, error: Exception) -> InputError:
         # What follows the first line of TensorFlow's message are its own addresses and a trace.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import shutil
-import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from data import cropped as cropped_module
-from data.cropped import CroppedPictures, _in_order
+from data.cropped import CroppedPictures
 from data.images import center_crop
 from metrics.pictures import PictureBatch, Pictures, content_hash
 from runtime.config import InputError
@@ -52,8 +52,7 @@ def crops(folder: Path, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", [Path, write_zip], ids=["folder", "zip"])
-def test_crops_in_listing_order(folder: Path, form: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cropped_module, "_AHEAD", 2)
+def test_crops_in_listing_order(folder: Path, form: Callable[[Path], Path]) -> None:
     pictures: Pictures = CroppedPictures(form(folder), 16)
     expected = crops(folder, 16)
     assert (pictures.count, pictures.height, pictures.width) == (6, 16, 16)
@@ -185,6 +184,8 @@ def test_a_picture_that_breaks_later(folder: Path) -> None:
 def test_bad_sources(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputError, match="--image-size must be at least 1 and at most 4,096, not 0"):
         CroppedPictures(folder, 0)
+    with pytest.raises(InputError, match="at most 4,096, not 200,000"):
+        CroppedPictures(folder, 200_000)
     with pytest.raises(InputError, match="no such folder or zip file"):
         CroppedPictures(tmp_path / "missing", 8)
     with pytest.raises(InputError, match="but no class folders"):
@@ -195,23 +196,6 @@ def test_bad_sources(tmp_path: Path, folder: Path) -> None:
         CroppedPictures(tmp_path / "bare.zip", 8)
 
 
-def test_reading_ahead_is_in_order_in_threads_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cropped_module, "_AHEAD", 3)
-    both = threading.Barrier(2, timeout=30)
-    started: list[str] = []
-
-    def together(name: str) -> str:
-        started.append(name)
-        both.wait()  # passes when two run at a time
-        return name
-
-    names = [str(index) for index in range(12)]
-    for index, name in enumerate(_in_order(together, iter(names))):
-        assert name == names[index]
-        assert len(started) <= index + 4
-    assert sorted(started) == sorted(names)
-
-
 def test_a_picture_in_memory_counts_as_one_of_a_file(folder: Path) -> None:
     """Greyscale and palette pictures are converted as everywhere in this project."""
     grey = picture(0).convert("L")
@@ -219,3 +203,16 @@ def test_a_picture_in_memory_counts_as_one_of_a_file(folder: Path) -> None:
     grey.save(content, "png")
     (folder / "cat/10.png").write_bytes(content.getvalue())
     np.testing.assert_array_equal(CroppedPictures(folder, 16).take([0])[0], center_crop(grey.convert("RGB"), 16))
+
+
+@pytest.mark.parametrize("harm", [(8, 1), (10, 99), (16, 7)], ids=["encrypted", "method", "checksum"])
+def test_members_of_a_zip_that_cannot_be_unpacked(folder: Path, harm: tuple[int, int]) -> None:
+    path = write_zip(folder)
+    content = bytearray(path.read_bytes())
+    for entry in re.finditer(rb"PK\x01\x02", bytes(content)):  # in the archive's directory
+        content[entry.start() + harm[0]] ^= harm[1]
+    path.write_bytes(bytes(content))
+    batch = CroppedPictures(path, 8)
+    for read in (batch.digest, lambda: list(batch.batches(4))):
+        with pytest.raises(InputError, match="cannot be used"):
+            read()

@@ -292,6 +292,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "statistics flipped": ("statistics.npz", flip, "statistics.npz is missing or damaged"),
     "record cut": ("entry.json", truncate, "entry.json is missing or damaged"),
     "record gone": ("entry.json", Path.unlink, "entry.json is missing or damaged"),
+    "record of brackets": ("entry.json", lambda path: path.write_text("[" * 100_000), "entry.json is missing or damaged"),
     "record a list": ("entry.json", lambda path: path.write_text("[1]"), "entry.json is missing or damaged"),
 }
 
@@ -483,3 +484,28 @@ def test_what_follows_from_the_features_is_kept(tmp_path: Path, batch: PictureBa
     assert len(computed) == 2
     np.testing.assert_array_equal(features.kept("radii", compute), values)
     assert len(computed) == 2
+
+
+def test_what_was_kept_and_is_no_number_is_computed_again(tmp_path: Path, batch: PictureBatch) -> None:
+    features = extract(batch, SmallNetwork(), tmp_path / "cache", 4, "samples")
+    values = np.arange(45, dtype=np.float32)
+    file = features.entry / "radii.npz"
+    np.savez(file, values=np.full(45, np.nan, np.float32))
+    np.testing.assert_array_equal(features.kept("radii", lambda: values), values)
+    content = file.read_bytes()
+    for offset, value in ((8, 1), (10, 99)):  # encrypted; packed by an unknown method
+        start = content.rindex(b"PK\x01\x02") + offset
+        file.write_bytes(content[:start] + bytes([value, 0]) + content[start + 2 :])
+        np.testing.assert_array_equal(features.kept("radii", lambda: values), values)
+        assert file.read_bytes() == content
+    file.unlink()
+    file.mkdir()
+    np.testing.assert_array_equal(features.kept("radii", lambda: values), values)
+
+
+def test_a_file_in_the_place_of_the_entry(tmp_path: Path, batch: PictureBatch) -> None:
+    entry = extract(batch, SmallNetwork(), tmp_path / "cache", 4, "samples").entry
+    shutil.rmtree(entry)
+    entry.write_text("")
+    with pytest.raises(InputError, match=r"--cache: .* cannot be written"):
+        extract(batch, SmallNetwork(), tmp_path / "cache", 4, "samples")

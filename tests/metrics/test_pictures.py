@@ -5,10 +5,12 @@ import json
 import math
 import os
 import shutil
+import struct
 import threading
 import time
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from PIL import Image
 
 from metrics import pictures as pictures_module
 from metrics.npz import find_member
-from metrics.pictures import FolderPictures, NpzPictures, content_hash, open_batch, spans
+from metrics.pictures import FolderPictures, NpzPictures, content_hash, content_state, open_batch, spans
 from runtime.config import InputError
 
 SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
@@ -400,7 +402,7 @@ def write_declared(path: Path, mean: tuple[int, ...], covariance: tuple[int, ...
         for name, shape in (("mu", mean), ("sigma", covariance)):
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
-                member.write(bytes(8 * min(math.prod(shape), 100)))
+                member.write(bytes(8 * min(abs(math.prod(shape)), 100)))
 
 
 def test_declared_statistics_are_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,11 +427,9 @@ def test_declared_statistics_are_not_allocated(tmp_path: Path, monkeypatch: pyte
         open_batch(tmp_path / "small.npz")
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 64])
-def test_a_folder_is_decoded_ahead_across_ranges(tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = random_pictures(20)
+def test_a_folder_is_decoded_ahead_across_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, ahead = random_pictures(200), 64
     batch = open_batch(write_folder(tmp_path / "folder", pictures)).pictures
-    monkeypatch.setattr(pictures_module, "_AHEAD", ahead)
     decoded: list[Path] = []
     decode = pictures_module._decode
 
@@ -438,11 +438,11 @@ def test_a_folder_is_decoded_ahead_across_ranges(tmp_path: Path, ahead: int, mon
         return decode(file)
 
     monkeypatch.setattr(pictures_module, "_decode", counted)
-    pieces = batch.pieces([(index, index + 1) for index in range(0, 20, 2)])
+    pieces = batch.pieces([(index, index + 1) for index in range(0, 200, 2)])
     for index, piece in enumerate(pieces):
         np.testing.assert_array_equal(piece, pictures[2 * index : 2 * index + 1])
         assert len(decoded) <= index + 1 + ahead
-    assert len(decoded) == 10
+    assert len(decoded) == 100
 
 
 def test_folder_ranges_are_decoded_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,3 +488,123 @@ def test_bad_folders(tmp_path: Path) -> None:
     (cut / "2.png").write_bytes((cut / "2.png").read_bytes()[:-2_000])
     with pytest.raises(InputError, match=r"2\.png cannot be decoded"):
         list(open_batch(cut).pictures.batches(2))
+
+
+def test_a_folder_that_grows_is_another_state_and_is_not_hashed(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", random_pictures(3))
+    batch = open_batch(folder)
+    before = content_state(batch)
+    write_folder(folder, random_pictures(1), "9{}.png".format)
+    assert content_state(batch) != before
+    # The state of a batch opened now is another one: what is noted of four pictures must not stand for these three.
+    assert content_state(open_batch(folder)) != content_state(batch)
+    with pytest.raises(InputError, match="changed while it was read"):
+        content_hash(batch)
+    assert [len(piece) for piece in batch.pictures.batches(8)] == [3]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", random_pictures(3))
+    (folder / "3.png").symlink_to(tmp_path / "missing.png")
+    with pytest.raises(InputError, match=r"3\.png is not a readable PNG"):
+        open_batch(folder)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)
+    folder = write_folder(tmp_path / os.fsdecode(b"folder\xff"), random_pictures(2), (os.fsdecode(b"\xfe") + "{}.png").format)
+    content = content_hash(open_batch(folder), tmp_path / "memory")
+    monkeypatch.setattr(FolderPictures, "digest", not_again)
+    assert content_hash(open_batch(folder), tmp_path / "memory") == content
+
+
+def with_header(content: bytes, start: int, length: int, width: int, height: int) -> bytes:
+    """A PNG whose first chunk is cut to `length` bytes and says another size, with a checksum that fits."""
+    header = b"IHDR" + (struct.pack(">II", width, height) + content[start + 16 : start + 21])[:length]
+    return content[:8] + struct.pack(">I", length) + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def test_headers_that_pillow_refuses_by_other_errors(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", random_pictures(3))
+    content = (folder / "1.png").read_bytes()
+    for length, width in ((4, 5), (13, 60_000)):
+        (folder / "1.png").write_bytes(with_header(content, 8, length, width, 60_000))
+        with pytest.raises(InputError, match=r"1\.png is not a readable PNG"):
+            open_batch(folder)
+
+
+@pytest.mark.parametrize("change", ["L", "size"])
+def test_a_picture_that_becomes_another_after_opening(tmp_path: Path, change: str) -> None:
+    folder = write_folder(tmp_path / "folder", random_pictures(3))
+    batch = open_batch(folder).pictures
+    other = Image.fromarray(random_pictures(1)[0]).convert("L") if change == "L" else Image.new("RGB", (7, 7))
+    other.save(folder / "1.png")
+    for read in (lambda: list(batch.batches(3)), lambda: batch.take([1])):
+        with pytest.raises(InputError, match=r"1\.png is no RGB picture of 5 x 6 pixels any more"):
+            read()
+
+
+@pytest.mark.parametrize("field", ["sha256", "state", "checksum", "deep", "short"])
+def test_a_note_that_was_damaged_is_not_believed(tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)
+    np.savez(tmp_path / "batch.npz", arr_0=random_pictures(4))
+    batch = open_batch(tmp_path / "batch.npz")
+    content = content_hash(batch, tmp_path / "memory")
+    (note,) = (tmp_path / "memory").iterdir()
+    known = json.loads(note.read_text())
+    if field == "deep":
+        note.write_text("[" * 100_000)
+    elif field == "short":
+        note.write_text(json.dumps({**known, "sha256": "../.."}))
+    else:
+        note.write_text(json.dumps({**known, field: ("0" if known[field][0] != "0" else "1") + known[field][1:]}))
+    assert content_hash(batch, tmp_path / "memory") == content
+
+
+def patch_directory(path: Path, name: str, offset: int, value: int) -> None:
+    """Writes two bytes into the archive's directory entry of `name` (PKWARE's APPNOTE.TXT, 4.3.12)."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\x01\x02")
+    while content[start + 46 : start + 46 + len(name)] != name.encode():
+        start = content.index(b"PK\x01\x02", start + 4)
+    content[start + offset : start + offset + 2] = struct.pack("<H", value)
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("harm", [(6, 99), (8, 1), (10, 99)], ids=["version", "encrypted", "method"])
+@pytest.mark.parametrize("name", ["arr_0", "arr_1", "mu", "network"])
+def test_archives_that_cannot_be_unpacked(tmp_path: Path, name: str, harm: tuple[int, int]) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez(path, arr_0=random_pictures(2), arr_1=np.arange(2), mu=np.zeros(2), sigma=np.eye(2), network=np.array("{}"))
+    open_batch(path)
+    patch_directory(path, f"{name}.npy", *harm)
+    with pytest.raises(InputError, match=r"bad\.npz.*(cannot be read|is not a readable npz)"):
+        open_batch(path)
+
+
+@pytest.mark.parametrize("header", ["{'descr': " + "(" * 400, "{'descr': '<f8", "x = 1", ""])
+def test_headers_of_arrays_that_are_damaged(tmp_path: Path, header: str) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        text = header.encode() + b"\n"
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+    with pytest.raises(InputError, match="arr_0 cannot be read"):
+        open_batch(tmp_path / "bad.npz")
+
+
+def test_shapes_and_statistics_that_nothing_has(tmp_path: Path) -> None:
+    write_declared(tmp_path / "bad.npz", (-1,), (-1, -1))
+    with pytest.raises(InputError, match="mu cannot be read"):
+        open_batch(tmp_path / "bad.npz")
+    skewed = np.eye(3)
+    skewed[0, 1] = 0.5
+    for message, mean, covariance in (
+        (r"mu has the shape \(0,\)", np.zeros(0), np.zeros((0, 0))),
+        ("sigma is not symmetric", np.zeros(3), skewed),
+        (r"mu .* must be numbers", np.zeros(3, bool), np.eye(3)),
+    ):
+        np.savez(tmp_path / "bad.npz", mu=mean, sigma=covariance)
+        with pytest.raises(InputError, match=message):
+            open_batch(tmp_path / "bad.npz")
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.eye(3), network=np.array("[" * 100_000))
+    with pytest.raises(InputError, match=r"network .* must be JSON text"):
+        open_batch(tmp_path / "bad.npz")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from small_runs import ROOT, call
 
 from runtime.config import InputError
-from runtime.files import atomic_write, check_new_file, check_writable, lock
+from runtime.files import atomic_write, check_new_file, check_writable, lock, read_ahead
 
 BUSY = "it is held"
 
@@ -94,3 +95,19 @@ def test_a_place_that_cannot_be_written_is_named(place: str, tmp_path: Path) -> 
         check_new_file(tmp_path, "--flag")
     check_new_file(tmp_path / "new" / "file.txt", "--flag")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_reading_ahead_is_in_order_in_threads_and_bounded() -> None:
+    both = threading.Barrier(2, timeout=30)
+    started: list[str] = []
+
+    def together(name: str) -> str:
+        started.append(name)
+        both.wait()  # passes when two run at a time
+        return name
+
+    names = [str(index) for index in range(12)]
+    for index, name in enumerate(read_ahead(together, iter(names), 3)):
+        assert name == names[index]
+        assert len(started) <= index + 4
+    assert sorted(started) == sorted(names)

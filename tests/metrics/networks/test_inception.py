@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_runs import write_small_graph
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -455,3 +456,37 @@ def test_gpu_equals_cpu(weights: Path) -> None:
     assert there.backend == "PyTorch float32"
     for one, other in zip(there.activations(pictures()), here.activations(pictures()), strict=True):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max()
+
+
+def small_graph(folder: Path, *changed: Node) -> Path:
+    nodes = dict(read_graph(write_small_graph(folder)))
+    write_graph(nodes | {node.name: node for node in changed}, folder / GRAPH_NAME)
+    return folder / GRAPH_NAME
+
+
+def const(name: str, value: np.ndarray) -> Node:
+    return Node(name, "Const", attributes={"dtype": value.dtype, "value": value})
+
+
+ROWS_ARE_FIXED = (const("pool_3", np.zeros((5, 6), np.float32)),)
+ROWS_ARE_MERGED = (
+    const("merged/shape", np.array([1, 1, -1, 6], np.int32)),
+    Node("pool_3", "Reshape", ("mixed", "merged/shape"), {"T": np.dtype(np.float32), "Tshape": np.dtype(np.int32)}),
+)
+NO_CLASSES = (const("softmax/weights", np.zeros((6, 0), np.float32)),)
+NOT_FINITE = (const("softmax/weights", np.full((6, 10), np.nan, np.float32)),)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (ROWS_ARE_FIXED, "two pictures give 5 rows of pool_3 and 2 of mixed_6/conv"),
+        (ROWS_ARE_MERGED, "two pictures give 1 rows of pool_3"),
+        (NO_CLASSES, r"class weights \(6, 0\) do not fit"),
+        (NOT_FINITE, "class weights are not all finite"),
+    ],
+)
+def test_rows_and_class_weights_are_tried(tmp_path: Path, changed: tuple[Node, ...], message: str) -> None:
+    open_adm_graph(file(small_graph(tmp_path)), CPU)
+    with pytest.raises(InputError, match=message):
+        open_adm_graph(file(small_graph(tmp_path, *changed)), CPU)

@@ -308,3 +308,11 @@ def test_other_operations_equal_tensorflow(raw: Any) -> None:
     np.testing.assert_allclose(compute("Softmax", first), raw.Softmax(logits=first).numpy(), rtol=1e-5)
     assert np.array_equal(compute("Concat", np.array(1), first, first), raw.Concat(concat_dim=1, values=[first, first]).numpy())
     assert np.array_equal(compute("Squeeze", first[None], squeeze_dims=[0]), raw.Squeeze(input=first[None], axis=[0]).numpy())
+
+
+def test_numbers_out_of_reach_and_types_that_are_none() -> None:
+    for size in ([100_000, 9], [9, 4_097], [0, 9]):
+        with pytest.raises(InputError, match=r"asks for pictures of .* pixels"):
+            compute("ResizeBilinear", normal(1, 2, 2, 3), np.array(size, np.int32))
+    with pytest.raises(InputError, match="has the data type 'float'"):
+        compute("Cast", normal(2), DstT="float")
