@@ -71,7 +71,6 @@ class NetworkOptions:
     weights_sha256: str | None = option(None, "refuse weights whose SHA-256 is another", flags=("--inception-sha256",))
     backend: Literal["torch", "tensorflow"] = option("torch", "what runs ADM's graph; tensorflow is a cross-check")
     batch_size: int = option(64, "pictures per run of the network; of no consequence but for speed and rounding")
-    trust_statistics: bool = option(False, "take mu and sigma of a file that names no network as made by --network")
     tf32: bool = option(False, "let a GPU round products to TF32: faster, and not what published scores are made with")
     cache: str | None = option(None, "folder for computed features; none: beside each batch, as NAME.features")
 
@@ -86,6 +85,7 @@ class Options(NetworkOptions):
         "all", "the scores to compute, with commas: fid (fdd), sfid, inception_score (is), precision, recall (both: prc), "
         "kid (kdd), density, coverage; precision and recall cost most"
     )  # fmt: skip
+    trust_statistics: bool = option(False, "take mu and sigma of a file that names no network as made by --network")
     bootstrap: int = option(
         0,
         f"resamplings of the samples, such as 100, for 95 % intervals (FID: seconds each); at most {MOST_RESAMPLINGS}, 0: none",
@@ -102,6 +102,7 @@ class ReferenceOptions(NetworkOptions):
         None,
         "read a folder of class folders (or a zip of one), cropped to this size as ADM does; none: take an npz or PNG folder",
     )
+    cache: str | None = option(None, "folder for computed features; none: beside the reference, as REF.npz.features")
     pictures: int = option(10_000, "pictures to keep in the file, evenly spaced; precision and recall need them; 0: none")
 
 
@@ -306,8 +307,8 @@ def check_outputs(options: Options) -> None:
 def parse_reference(arguments: Sequence[str]) -> tuple[ReferenceOptions, Path, Path]:
     """The command line of make_reference. Raises InputError for what cannot work."""
     parser = ArgumentParser(
-        "Turns a folder of PNGs, an npz, or with --image-size a folder of class folders, into a reference npz: mu, sigma, "
-        "mu_s, sigma_s, the network that made them, and some of the pictures.",
+        "Turns a folder of PNGs, an npz, or with --image-size a folder of class folders, into a reference npz:\n"
+        "mu, sigma, mu_s, sigma_s, the network that made them, and some of the pictures.",
         "evaluator.py make_reference",
     )
     parser.add_argument("source", type=Path, metavar="PICTURES", help="folder, npz or (with --image-size) zip of pictures")

@@ -119,7 +119,8 @@ def frechet_distance(first: Statistics, second: Statistics, factor: Factor | Non
     _check_eigenvalues(eigenvalues, product, first.covariance, second.covariance, factor.lost * traces[1])
     roots = np.sqrt(_non_negative(eigenvalues, traces[0] * traces[1]))
     shift = first.mean - second.mean
-    return max(float(shift @ shift + traces[0] + traces[1] - 2.0 * roots.sum()), 0.0)
+    with np.errstate(over="ignore"):  # absurd means give infinity, which the caller can tell from a distance
+        return max(float(shift @ shift + traces[0] + traces[1] - 2.0 * roots.sum()), 0.0)
 
 
 def rank_of(statistics: Statistics) -> int:

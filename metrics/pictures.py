@@ -225,7 +225,8 @@ class FolderPictures:
             raise InputError(f"{path} holds {min(other)}, which is no PNG; convert it without loss or move it elsewhere.")
         self._names = _pngs_among(names)
         if not self._names:
-            raise InputError(f"{path} holds no PNG files (subfolders are not searched).")
+            raise InputError(f"{path} holds no PNG files, and subfolders are not searched; a folder of class folders becomes a "
+                             "reference by `evaluator.py make_reference FOLDER REF.npz --image-size N`.")  # fmt: skip
         with ThreadPoolExecutor() as threads:
             sizes = list(threads.map(lambda name: _png_size(path / name), self._names))
         for name, size in zip(self._names, sizes, strict=True):

@@ -61,11 +61,13 @@ def read_graph(path: str | os.PathLike[str]) -> dict[str, Node]:
     try:
         definition.ParseFromString(Path(path).read_bytes())
     except DecodeError:
-        raise InputError(f"{path} is not a TensorFlow graph, or is cut short; delete it and fetch it again.") from None
+        raise InputError(
+            f"{path} is not a TensorFlow graph, or is cut short; fetch it again, or name its network with --network."
+        ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     if not definition.node:
-        raise InputError(f"{path} holds no graph; delete it and fetch it again.")
+        raise InputError(f"{path} holds no graph; fetch it again.")
     nodes: dict[str, Node] = {}
     for message in definition.node:
         if not message.name or not message.op or message.name in nodes:

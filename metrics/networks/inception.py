@@ -133,7 +133,8 @@ def _state(path: Path) -> dict[str, Tensor]:
         content = _load(path)
     except pickle.UnpicklingError:
         # torch's own message advises to let the file run code.
-        raise InputError("holds no PyTorch weights, or something beside them; a file of tensors by name is needed.") from None
+        raise InputError("holds no PyTorch weights, or something beside them; give a file of tensors by name "
+                         "(ADM's graph is for --network adm).") from None  # fmt: skip
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"cannot be read as PyTorch weights ({reason}); is it complete, and the right file?") from None

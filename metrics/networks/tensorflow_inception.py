@@ -106,7 +106,9 @@ def _graph_definition(tensorflow: Any, path: Path) -> Any:
     try:
         definition.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise InputError(f"{path} is not a TensorFlow graph, or is cut short; delete it and fetch it again.") from None
+        raise InputError(
+            f"{path} is not a TensorFlow graph, or is cut short; fetch it again, or name its network with --network."
+        ) from None
     check_nodes(path, {node.name for node in definition.node})
     return definition
 
