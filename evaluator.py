@@ -25,11 +25,12 @@ import numpy as np
 from accelerate import PartialState
 
 from data.cropped import CroppedPictures
+from metrics.content import ContentState, content_state
 from metrics.evidence import make_report
 from metrics.features import Features, Share, cache_place, extract
 from metrics.networks import FeatureNetwork, check_network, open_network
 from metrics.networks import description as network_description
-from metrics.pictures import ContentState, PictureBatch, Pictures, content_state, open_batch
+from metrics.pictures import PictureBatch, Pictures, open_batch
 from metrics.record import description, make_record, protocol_of, read_json, settings_of, table
 from metrics.reference import common_network, usable_statistics, write_reference
 from metrics.report import write_report

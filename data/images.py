@@ -118,6 +118,7 @@ class ZipSource(PictureSource):
         # it never closes one that it was given.
         try:
             self._archive = zipfile.ZipFile(open(path, "rb"))  # noqa: SIM115
+        # The last two: an archive of a newer format than zipfile knows, and names in it that are no text.
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise InputError(f"{path} is a zip file that cannot be read ({error}); pack it again.") from None
         self._lock = threading.Lock()

@@ -32,11 +32,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from metrics.content import content_hash, content_state
 from metrics.frechet import MeanAndCovariance, Statistics
 from metrics.networks import FeatureNetwork, description, network_key
 from metrics.networks.weight_files import cache_folder
 from metrics.npz import DAMAGE
-from metrics.pictures import PictureBatch, Pictures, content_hash, content_state, spans
+from metrics.pictures import PictureBatch, Pictures, spans
 from runtime.config import InputError
 from runtime.files import atomic_write, check_writable, lock, sha256, write_json
 

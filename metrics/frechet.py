@@ -172,11 +172,16 @@ def factor_of(covariance: NDArray[np.float64]) -> Factor:
         return Factor(vectors * roots, max(-float(values[0]), 0.0))
 
 
+def is_symmetric(matrix: NDArray[np.float64]) -> bool:
+    """Whether a matrix (D, D) is symmetric but for rounding, of float32 files too."""
+    return bool(np.abs(matrix - matrix.T).max() <= _ASYMMETRY * np.abs(matrix).max())
+
+
 def _checked(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """The covariance without the asymmetry of rounding. Raises InputError for what is no symmetric matrix of numbers."""
     if not np.isfinite(covariance).all():
         raise InputError("a covariance holds numbers that are not finite; compute its statistics again.")
-    if np.abs(covariance - covariance.T).max() > _ASYMMETRY * np.abs(covariance).max():
+    if not is_symmetric(covariance):
         raise InputError("a covariance is not symmetric; the sigma it was read from is damaged or holds something else.")
     return _symmetric(covariance)
 

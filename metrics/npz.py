@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metrics.frechet import Statistics
+from metrics.frechet import Statistics, is_symmetric
 from runtime.config import InputError
 
 DAMAGE = (
@@ -23,8 +23,6 @@ DAMAGE = (
     lzma.LZMAError, zipfile.BadZipFile,
 )  # fmt: skip
 """What opening and reading a damaged archive raises; RuntimeError where it is encrypted or packed by an unknown method."""
-_ASYMMETRY = 1e-3
-"""As in `metrics.frechet`, which would refuse such a covariance only after the features of all pictures."""
 
 
 class Member(NamedTuple):
@@ -89,7 +87,8 @@ def read_statistics(path: Path, names: set[str], mean_name: str, covariance_name
                          "compute them again.") from None  # fmt: skip
     if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
         raise InputError(f"{path}: {mean_name} or {covariance_name} holds numbers that are not finite; compute them again.")
-    if np.abs(covariance - covariance.T).max() > _ASYMMETRY * np.abs(covariance).max():
+    # Refused here, because the distance itself is computed only after the features of all pictures.
+    if not is_symmetric(covariance):
         raise InputError(f"{path}: {covariance_name} is not symmetric, which every covariance is; compute it again.")
     return Statistics(mean, covariance, _read_count(path) if "count" in names else None)
 

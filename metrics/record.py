@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from metrics.content import content_hash
 from metrics.density_coverage import NEIGHBOURS as COVERAGE_NEIGHBOURS
 from metrics.features import Features
 from metrics.inception_score import SPLIT_SIZE
-from metrics.pictures import PictureBatch, content_hash
+from metrics.measures import TITLES
+from metrics.pictures import PictureBatch
 from metrics.precision_recall import NEIGHBOURS
-from metrics.scores import TITLES, Scores
+from metrics.scores import Scores
 from runtime.config import InputError
 
 _PACKAGES = ("numpy", "scipy", "torch", "pillow")

@@ -19,21 +19,8 @@ from metrics.features import Features
 from metrics.frechet import Statistics, frechet_distance, rank_of
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import SUBSETS, KernelDistance, kernel_distance
+from metrics.measures import TITLES
 from metrics.precision_recall import NEIGHBOURS, RADII_NAME, Covered, covered, neighbour_radii
-
-TITLES = {
-    "fid": "FID",
-    "fdd": "FDD",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "precision": "Precision",
-    "recall": "Recall",
-    "kid": "KID",
-    "kdd": "KDD",
-    "density": "Density",
-    "coverage": "Coverage",
-}
-"""Key in the JSON record -> name on the screen, in the order of both."""
 
 SCORES_OF = {
     "FID": ("fid", "sfid", "inception_score", "precision", "recall", "kid", "density", "coverage"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_runs import SmallNetwork, random_pictures, refused
 from hypothesis import settings
-from small_runs import QUICK, ROOT, SHORT, Result, free_port, random_network, run, torchrun, write_features
+from small_runs import QUICK, ROOT, SHORT, Result, call, free_port, random_network, run, succeed, torchrun, write_features
 
+import evaluator
 from data.latents import PIXELS, SD_VAE, resolve_codec
 from data.manifest import FeatureSettings
 from models import Backbone
@@ -121,3 +124,31 @@ def literal_run(tmp_path_factory: pytest.TempPathFactory, features: Path, pretra
         folder,
     )  # fmt: skip
     return LiteralRun(folder, training, sampling)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs the command in this process, with the small network."""
+    monkeypatch.setattr(evaluator, "open_network", lambda *arguments: SmallNetwork())
+    return lambda *words: succeed("evaluator", *words)
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs the command, expects exit code 2 and one line before the network is touched, and returns the line."""
+
+    def too_late(*arguments: object) -> None:
+        raise AssertionError("the network was reached")
+
+    monkeypatch.setattr(evaluator, "open_network", too_late)
+    return lambda *words: refused(call("evaluator", *words))
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> tuple[Path, Path]:
+    np.savez(tmp_path / "reference.npz", arr_0=random_pictures(70, seed=0))
+    np.savez(tmp_path / "samples.npz", arr_0=random_pictures(50, seed=1))
+    return tmp_path / "reference.npz", tmp_path / "samples.npz"

@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metrics.class_scores import ClassScore
+from metrics.measures import MEASURES
 from metrics.report.charts import Mark, scatter
 from metrics.report.markup import Markup, joined, tag
 from metrics.report.mosaic import data_address, enlargement, in_rows, mosaic, png, within_pixels
-from metrics.report.numbers import MEASURES, finite, lookup, name_of, numbers, protocol, shown
+from metrics.report.numbers import finite, lookup, name_of, numbers, protocol, shown
 from runtime.files import atomic_write
 
 STYLE = Path(__file__).with_name("style.css")

@@ -18,7 +18,8 @@ from PIL import Image
 from data import cropped as cropped_module
 from data.cropped import CroppedPictures
 from data.images import center_crop
-from metrics.pictures import PictureBatch, Pictures, content_hash
+from metrics.content import content_hash
+from metrics.pictures import PictureBatch, Pictures
 from runtime.config import InputError
 
 NAMES = ["cat/10.png", "cat/2.png", "cat/more/1.jpg", "dog/a.png", "dog/b.png", "emu/x.webp"]
@@ -119,7 +120,7 @@ def test_a_crop_of_another_version_is_not_remembered(tmp_path: Path, folder: Pat
     """`content_hash` believes its notes while the files are untouched, and they are when our own rule changes."""
     for name in NAMES:
         os.utime(folder / name, (1e9, 1e9))
-    monkeypatch.setattr("metrics.pictures._SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr("metrics.content._SETTLED_SECONDS", -60.0)
 
     def content(size: int = 16) -> str:
         return content_hash(PictureBatch(folder, CroppedPictures(folder, size), None, None), tmp_path / "memory")

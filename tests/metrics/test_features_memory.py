@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from feature_networks import SmallNetwork, random_pictures, write
+from feature_runs import SmallNetwork, random_pictures, write
 
+from metrics import content as content_module
 from metrics import features as features_module
-from metrics import pictures as pictures_module
 from metrics.features import extract
 from metrics.pictures import PictureBatch, open_batch
 
@@ -65,7 +65,7 @@ class Measured(SmallNetwork):
 
 def test_resident_memory_does_not_grow_with_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "BLOCK", 1_000)
-    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)  # hashed once, then remembered
+    monkeypatch.setattr(content_module, "_SETTLED_SECONDS", -60.0)  # hashed once, then remembered
     batches = {count: write_sparse(tmp_path / f"{count}.npz", count, 64) for count in (2_000, 20_000)}
     assert batches[20_000].path.stat().st_size > 245_000_000
 

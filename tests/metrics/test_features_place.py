@@ -10,24 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from feature_networks import SmallNetwork, random_pictures, write
+from feature_runs import SmallNetwork, random_pictures, write
 
 from metrics import features as features_module
+from metrics.content import content_hash
 from metrics.features import Features, Share, cache_place, extract
-from metrics.pictures import PictureBatch, content_hash, open_batch
+from metrics.pictures import PictureBatch, open_batch
 from runtime.config import InputError
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
 Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "BLOCK", 10)
-
-
-@pytest.fixture
-def batch(tmp_path: Path) -> PictureBatch:
-    return write(tmp_path / "samples.npz", random_pictures(45))
 
 
 @pytest.fixture

@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
-import shutil
 import struct
 import threading
-import time
 import tracemalloc
 import zipfile
 import zlib
@@ -16,25 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_batches import SAVE, not_again, random_pictures, sha256_of, write_any, write_folder
 from PIL import Image
 
+from metrics import content as content_module
 from metrics import pictures as pictures_module
+from metrics.content import content_hash
 from metrics.npz import find_member
-from metrics.pictures import FolderPictures, NpzPictures, content_hash, content_state, open_batch, spans
+from metrics.pictures import FolderPictures, open_batch, spans
 from runtime.config import InputError
-
-SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
-
-
-def random_pictures(count: int, height: int = 6, width: int = 5, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-
-
-def write_folder(folder: Path, pictures: np.ndarray, name: Callable[[int], str] = "{}.png".format) -> Path:
-    folder.mkdir(exist_ok=True)
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / name(index))
-    return folder
 
 
 @pytest.mark.parametrize("save", SAVE.values(), ids=SAVE)
@@ -62,21 +47,6 @@ def test_folder_is_in_numeric_order_and_takes_png_files_alone(tmp_path: Path) ->
     np.testing.assert_array_equal(read, pictures)
     # The known-bad variant: text order, which puts 10 before 2.
     assert (read != pictures[sorted(range(12), key=str)]).any()
-
-
-def test_statistics_are_read_when_present(tmp_path: Path) -> None:
-    mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
-    np.savez(tmp_path / "both.npz", arr_0=random_pictures(4), mu=mean.astype(np.float32), sigma=covariance)
-    np.savez(tmp_path / "alone.npz", mu=mean, sigma=covariance, mu_s=mean[:2], sigma_s=covariance[:2, :2])
-    both, alone = open_batch(tmp_path / "both.npz"), open_batch(tmp_path / "alone.npz")
-    assert both.pictures is not None
-    assert both.spatial is None
-    assert alone.pictures is None
-    for statistics in (both.pool, alone.pool):
-        assert statistics.mean.dtype == np.float64
-        np.testing.assert_array_equal(statistics.mean, mean)
-        np.testing.assert_array_equal(statistics.covariance, covariance)
-    np.testing.assert_array_equal(alone.spatial.mean, mean[:2])
 
 
 def peak_while_reading(path: Path, keep: bool) -> int:
@@ -180,14 +150,6 @@ def test_an_array_cut_behind_our_back(tmp_path: Path) -> None:
         list(batch.pictures.batches(8))
 
 
-def write_any(form: str, folder: Path, pictures: np.ndarray) -> Path:
-    if form == "folder":
-        return write_folder(folder / "pictures", pictures)
-    # Another entry first: arr_0 does not stand where the file begins.
-    SAVE[form](folder / "pictures.npz", arr_1=np.arange(len(pictures)), arr_0=pictures)
-    return folder / "pictures.npz"
-
-
 @pytest.mark.parametrize("form", [*SAVE, "folder"])
 def test_any_part_in_any_form(tmp_path: Path, form: str) -> None:
     pictures = random_pictures(23)
@@ -239,192 +201,6 @@ def test_compressed_pictures_are_decompressed_once_per_pass(tmp_path: Path, monk
     for first, stop in spans(10, 60, 5):
         list(batch.pieces([(first, stop)]))
     assert sum(produced) - once > 3 * pictures.nbytes
-
-
-def test_labels(tmp_path: Path) -> None:
-    labels = np.array([3, 1, 2, 3])
-    for stored in (labels, labels.astype(np.uint8), labels.astype(np.float32)):
-        np.savez(tmp_path / "batch.npz", arr_0=random_pictures(4), arr_1=stored)
-        read = open_batch(tmp_path / "batch.npz").labels
-        assert read.dtype == np.int64
-        np.testing.assert_array_equal(read, labels)
-    np.savez(tmp_path / "without.npz", arr_0=random_pictures(4))
-    assert open_batch(tmp_path / "without.npz").labels is None
-    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2), arr_1=np.zeros((3, 3)))
-    assert open_batch(tmp_path / "statistics.npz").labels is None
-    assert open_batch(write_folder(tmp_path / "folder", random_pictures(2))).labels is None
-
-
-def test_count_and_network_of_the_statistics(tmp_path: Path) -> None:
-    both = {"mu": np.zeros(2), "sigma": np.eye(2)}
-    network = {"name": "ADM Inception (2015)", "sha256": "5" * 64}
-    np.savez(tmp_path / "stamped.npz", **both, count=np.array(50_000), network=np.array(json.dumps(network)))
-    np.savez(tmp_path / "plain.npz", **both)
-    stamped, plain = open_batch(tmp_path / "stamped.npz"), open_batch(tmp_path / "plain.npz")
-    assert (stamped.pool.count, stamped.network) == (50_000, network)
-    assert (plain.pool.count, plain.network) == (None, None)
-
-
-BAD_ENTRIES = {
-    r"arr_1 \(int64 of the shape \(5,\)\) must be the class of each picture, 4 integers": {"arr_1": np.arange(5)},
-    r"arr_1 \(int64 of the shape \(3,\)\)": {"arr_1": np.arange(3)},
-    r"arr_1 \(int64 of the shape \(4, 1\)\)": {"arr_1": np.zeros((4, 1), np.int64)},
-    r"arr_1 \(<U1 of": {"arr_1": np.array(list("abcd"))},
-    r"arr_1 \(float64 of": {"arr_1": np.array([0, 1, 2.5, 3])},
-    r"arr_1 \(float32 of": {"arr_1": np.array([0, np.nan, 1, 2], np.float32)},
-    "arr_1 cannot be read": {"arr_1": np.array([None] * 4)},
-    r"count \(float64 of the shape \(\)\) must be one whole number": {"count": np.array(5.0)},
-    r"count \(int64 of the shape \(2,\)\)": {"count": np.arange(2)},
-    r"count \(int64 of the shape \(\)\)": {"count": np.array(0)},
-    r"network \(<U5 of the shape \(\)\) must be JSON text": {"network": np.array("hello")},
-    r"network \(int64 of": {"network": np.array(5)},
-    r"network \(<U10 of": {"network": np.array('{"name":5}')},
-    r"network \(<U1 of the shape \(3,\)\)": {"network": np.array(list("abc"))},
-}
-
-
-@pytest.mark.parametrize("message", BAD_ENTRIES)
-def test_bad_entries_beside_the_pictures(tmp_path: Path, message: str) -> None:
-    arrays = {"mu": np.zeros(2), "sigma": np.eye(2), **BAD_ENTRIES[message]}
-    np.savez(tmp_path / "bad.npz", arr_0=random_pictures(4), **arrays)
-    with pytest.raises(InputError, match=message):
-        open_batch(tmp_path / "bad.npz")
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def not_again(self: object) -> str:
-    raise AssertionError("the content was read again")
-
-
-@pytest.mark.parametrize("form", [*SAVE, "folder"])
-def test_a_hash_is_remembered_until_the_content_changes(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)
-    pictures, memory = random_pictures(8), tmp_path / "memory"
-    path = write_any(form, tmp_path, pictures)
-    first = content_hash(open_batch(path), memory)
-    with monkeypatch.context() as patched:
-        for kind in (NpzPictures, FolderPictures):
-            patched.setattr(kind, "digest", not_again)
-        assert content_hash(open_batch(path), memory) == first
-        with pytest.raises(AssertionError, match="read again"):
-            content_hash(open_batch(path))
-
-    # The same size and modification time, as `cp -p` leaves them: the change time tells.
-    file = path / "3.png" if form == "folder" else path
-    before = file.stat()
-    time.sleep(0.02)  # beyond the granularity of a file system's clock
-    write_any(form, tmp_path, pictures[::-1])
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    changed = content_hash(open_batch(path), memory)
-    assert changed != first
-    assert content_hash(open_batch(path), memory) == changed == content_hash(open_batch(path))
-
-    for note in memory.iterdir():
-        note.write_text("{half a note")
-    assert content_hash(open_batch(path), memory) == changed
-
-
-def test_what_was_written_just_now_is_not_believed(tmp_path: Path) -> None:
-    np.savez(tmp_path / "batch.npz", arr_0=random_pictures(4))
-    content_hash(open_batch(tmp_path / "batch.npz"), tmp_path / "memory")
-    assert not (tmp_path / "memory").exists()
-
-
-def test_a_note_that_another_user_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)
-    np.savez(tmp_path / "batch.npz", arr_0=random_pictures(4))
-
-    def denied(*arguments: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(pictures_module, "write_json", denied)
-    assert content_hash(open_batch(tmp_path / "batch.npz"), tmp_path) == sha256_of(tmp_path / "batch.npz")
-
-
-def test_the_hash_of_a_folder_is_of_its_pngs(tmp_path: Path) -> None:
-    pictures = random_pictures(4)
-    folder = write_folder(tmp_path / "folder", pictures)
-    first = content_hash(open_batch(folder))
-    (folder / "protocol.json").write_text("{}")
-    assert content_hash(open_batch(write_folder(tmp_path / "copy", pictures))) == first == content_hash(open_batch(folder))
-    (folder / "3.png").rename(folder / "30.png")
-    assert content_hash(open_batch(folder)) != first
-    (folder / "30.png").rename(folder / "3.png")
-    shutil.copy(folder / "2.png", folder / "3.png")
-    assert content_hash(open_batch(folder)) != first
-
-
-@pytest.mark.parametrize("form", ["stored", "folder"])
-def test_a_change_while_hashing(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_any(form, tmp_path, random_pictures(4))
-    for kind in (NpzPictures, FolderPictures):
-
-        def digest(self: object, kind_digest: Callable = kind.digest) -> str:
-            result = kind_digest(self)
-            if form == "folder":
-                (path / "2.png").unlink()
-            else:
-                os.truncate(path, 100)
-            return result
-
-        monkeypatch.setattr(kind, "digest", digest)
-    with pytest.raises(InputError, match="changed while it was read; start again when it is complete"):
-        content_hash(open_batch(path), tmp_path / "memory")
-    assert not (tmp_path / "memory").exists()
-
-
-def test_statistics_alone_have_a_hash(tmp_path: Path) -> None:
-    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
-    assert content_hash(open_batch(tmp_path / "statistics.npz")) == sha256_of(tmp_path / "statistics.npz")
-
-
-def test_bad_statistics(tmp_path: Path) -> None:
-    cases: dict[str, dict] = {
-        "holds mu without sigma": {"mu": np.zeros(3)},
-        "holds sigma_s without mu_s": {"sigma_s": np.eye(3)},
-        r"mu has the shape \(3,\) and sigma the shape \(2, 2\)": {"mu": np.zeros(3), "sigma": np.eye(2)},
-        "mu or sigma holds numbers that are not finite": {"mu": np.full(2, np.nan), "sigma": np.eye(2)},
-        r"mu \(object of the shape \(2,\)\) must be numbers": {"mu": np.array([None, 1]), "sigma": np.eye(2)},
-        r"sigma \(complex128 of": {"mu": np.zeros(2), "sigma": np.eye(2) + 0j},
-    }
-    for message, arrays in cases.items():
-        np.savez(tmp_path / "bad.npz", arr_0=random_pictures(4), **arrays)
-        with pytest.raises(InputError, match=message):
-            open_batch(tmp_path / "bad.npz")
-
-
-def write_declared(path: Path, mean: tuple[int, ...], covariance: tuple[int, ...]) -> None:
-    """An npz whose headers declare arrays of these shapes, and which holds a few numbers of them."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, shape in (("mu", mean), ("sigma", covariance)):
-            with archive.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
-                member.write(bytes(8 * min(abs(math.prod(shape)), 100)))
-
-
-def test_declared_statistics_are_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = {
-        r"mu has the shape \(3,\) and sigma the shape \(10, 10\)": ((3,), (10, 10)),
-        r"mu has the shape \(10, 10\) and sigma": ((10, 10), (10, 10)),
-        "sigma is cut short; write the file again": ((100,), (10**6, 10**6)),
-        r"/bad\.npz: sigma is cut short": ((3,), (10**6, 10**6)),
-        "mu is cut short; write the file again": ((10**6,), (10**6, 10**6)),
-    }
-
-    def never(*arguments: object, **named: object) -> None:
-        raise AssertionError("values were read")
-
-    monkeypatch.setattr(np, "load", never)
-    for message, shapes in cases.items():
-        write_declared(tmp_path / "bad.npz", *shapes)
-        with pytest.raises(InputError, match=message):
-            open_batch(tmp_path / "bad.npz")
-    write_declared(tmp_path / "small.npz", (10,), (10, 10))
-    with pytest.raises(AssertionError, match="values were read"):
-        open_batch(tmp_path / "small.npz")
 
 
 def test_a_folder_is_decoded_ahead_across_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,19 +266,6 @@ def test_bad_folders(tmp_path: Path) -> None:
         list(open_batch(cut).pictures.batches(2))
 
 
-def test_a_folder_that_grows_is_another_state_and_is_not_hashed(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "folder", random_pictures(3))
-    batch = open_batch(folder)
-    before = content_state(batch)
-    write_folder(folder, random_pictures(1), "9{}.png".format)
-    assert content_state(batch) != before
-    # The state of a batch opened now is another one: what is noted of four pictures must not stand for these three.
-    assert content_state(open_batch(folder)) != content_state(batch)
-    with pytest.raises(InputError, match="changed while it was read"):
-        content_hash(batch)
-    assert [len(piece) for piece in batch.pictures.batches(8)] == [3]
-
-
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", random_pictures(3))
     (folder / "3.png").symlink_to(tmp_path / "missing.png")
@@ -511,7 +274,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(content_module, "_SETTLED_SECONDS", -60.0)
     folder = write_folder(tmp_path / os.fsdecode(b"folder\xff"), random_pictures(2), (os.fsdecode(b"\xfe") + "{}.png").format)
     content = content_hash(open_batch(folder), tmp_path / "memory")
     monkeypatch.setattr(FolderPictures, "digest", not_again)
@@ -542,69 +305,3 @@ def test_a_picture_that_becomes_another_after_opening(tmp_path: Path, change: st
     for read in (lambda: list(batch.batches(3)), lambda: batch.take([1])):
         with pytest.raises(InputError, match=r"1\.png is no RGB picture of 5 x 6 pixels any more"):
             read()
-
-
-@pytest.mark.parametrize("field", ["sha256", "state", "checksum", "deep", "short"])
-def test_a_note_that_was_damaged_is_not_believed(tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures_module, "_SETTLED_SECONDS", -60.0)
-    np.savez(tmp_path / "batch.npz", arr_0=random_pictures(4))
-    batch = open_batch(tmp_path / "batch.npz")
-    content = content_hash(batch, tmp_path / "memory")
-    (note,) = (tmp_path / "memory").iterdir()
-    known = json.loads(note.read_text())
-    if field == "deep":
-        note.write_text("[" * 100_000)
-    elif field == "short":
-        note.write_text(json.dumps({**known, "sha256": "../.."}))
-    else:
-        note.write_text(json.dumps({**known, field: ("0" if known[field][0] != "0" else "1") + known[field][1:]}))
-    assert content_hash(batch, tmp_path / "memory") == content
-
-
-def patch_directory(path: Path, name: str, offset: int, value: int) -> None:
-    """Writes two bytes into the archive's directory entry of `name` (PKWARE's APPNOTE.TXT, 4.3.12)."""
-    content = bytearray(path.read_bytes())
-    start = content.index(b"PK\x01\x02")
-    while content[start + 46 : start + 46 + len(name)] != name.encode():
-        start = content.index(b"PK\x01\x02", start + 4)
-    content[start + offset : start + offset + 2] = struct.pack("<H", value)
-    path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize("harm", [(6, 99), (8, 1), (10, 99)], ids=["version", "encrypted", "method"])
-@pytest.mark.parametrize("name", ["arr_0", "arr_1", "mu", "network"])
-def test_archives_that_cannot_be_unpacked(tmp_path: Path, name: str, harm: tuple[int, int]) -> None:
-    path = tmp_path / "bad.npz"
-    np.savez(path, arr_0=random_pictures(2), arr_1=np.arange(2), mu=np.zeros(2), sigma=np.eye(2), network=np.array("{}"))
-    open_batch(path)
-    patch_directory(path, f"{name}.npy", *harm)
-    with pytest.raises(InputError, match=r"bad\.npz.*(cannot be read|is not a readable npz)"):
-        open_batch(path)
-
-
-@pytest.mark.parametrize("header", ["{'descr': " + "(" * 400, "{'descr': '<f8", "x = 1", ""])
-def test_headers_of_arrays_that_are_damaged(tmp_path: Path, header: str) -> None:
-    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
-        text = header.encode() + b"\n"
-        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
-    with pytest.raises(InputError, match="arr_0 cannot be read"):
-        open_batch(tmp_path / "bad.npz")
-
-
-def test_shapes_and_statistics_that_nothing_has(tmp_path: Path) -> None:
-    write_declared(tmp_path / "bad.npz", (-1,), (-1, -1))
-    with pytest.raises(InputError, match="mu cannot be read"):
-        open_batch(tmp_path / "bad.npz")
-    skewed = np.eye(3)
-    skewed[0, 1] = 0.5
-    for message, mean, covariance in (
-        (r"mu has the shape \(0,\)", np.zeros(0), np.zeros((0, 0))),
-        ("sigma is not symmetric", np.zeros(3), skewed),
-        (r"mu .* must be numbers", np.zeros(3, bool), np.eye(3)),
-    ):
-        np.savez(tmp_path / "bad.npz", mu=mean, sigma=covariance)
-        with pytest.raises(InputError, match=message):
-            open_batch(tmp_path / "bad.npz")
-    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.eye(3), network=np.array("[" * 100_000))
-    with pytest.raises(InputError, match=r"network .* must be JSON text"):
-        open_batch(tmp_path / "bad.npz")

@@ -17,10 +17,11 @@ from page_reader import Element, Tree, every, outside
 from PIL import Image
 
 from metrics.class_scores import ClassScore
+from metrics.measures import MEASURES
 from metrics.report import Neighbours, Report, write_report
 from metrics.report.markup import Markup, tag
 from metrics.report.mosaic import GAP
-from metrics.report.numbers import MEASURES, shown
+from metrics.report.numbers import shown
 from metrics.report.page import page
 
 WRITTEN = "2026-11-20 12:00:00 UTC"

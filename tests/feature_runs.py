@@ -1,4 +1,4 @@
-"""What tests of feature extraction share: a network that takes no time and can fail, and batches of noise."""
+"""What tests of feature extraction share: a network that takes no time and can fail, batches of noise, what is on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from metrics.features import Features
 from metrics.pictures import PictureBatch, open_batch
 
 
@@ -42,3 +43,38 @@ def random_pictures(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
 def write(path: Path, pictures: np.ndarray, save: Callable[..., None] = np.savez) -> PictureBatch:
     save(path, arr_0=pictures)
     return open_batch(path)
+
+
+def direct(pictures: np.ndarray, block: int = 10, batch_size: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Pool and spatial features, computed the plain way."""
+    cuts = [
+        cut for start in range(0, len(pictures), block) for cut in range(start, min(start + block, len(pictures)), batch_size)
+    ]
+    results = [
+        SmallNetwork().activations(pictures[first : min(first + batch_size, first // block * block + block)]) for first in cuts
+    ]
+    return np.concatenate([pool for pool, _ in results]), np.concatenate([spatial for _, spatial in results])
+
+
+def numbers(features: Features) -> bytes:
+    """Everything a metric is computed from, as bytes."""
+    parts = [features.pool]
+    for statistics in (features.pool_statistics, features.spatial_statistics):
+        parts += [statistics.mean, statistics.covariance]
+    return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+
+
+def files_in(place: Path) -> set[str]:
+    return {path.name for path in place.rglob("*") if path.is_file() and not path.name.startswith("content-")}
+
+
+def blocks_in(place: Path) -> set[str]:
+    return {path.name for path in place.glob("*/blocks/*.npz")}
+
+
+FINISHED = {".lock", "entry.json", "pool.npy", "statistics.npz"}
+
+
+class Unused(SmallNetwork):
+    def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        raise AssertionError("the network was reached")
