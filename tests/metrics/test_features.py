@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -231,8 +232,15 @@ def test_spatial_features_that_are_not_finite(tmp_path: Path, batch: PictureBatc
 def test_two_evaluations_at_once(
     tmp_path: Path, batch: PictureBatch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(features_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    started, go_on = threading.Event(), threading.Event()
+    started, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
+    sleep = time.sleep
+
+    def between_looks(seconds: float) -> None:
+        waiting.set()
+        sleep(0.01)
+
+    # What is printed is read at the end: taking it while another thread prints may lose the line.
+    monkeypatch.setattr(features_module.time, "sleep", between_looks)
 
     class Slow(SmallNetwork):
         def activations(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -244,11 +252,10 @@ def test_two_evaluations_at_once(
         first = threads.submit(extract, batch, Slow(), tmp_path / "cache", 4, "samples")
         assert started.wait(30)
         second = threads.submit(extract, batch, Unused(), tmp_path / "cache", 4, "samples")
-        printed = ""
-        while "waiting for another evaluation" not in printed and not second.done():
-            printed += capsys.readouterr().out
+        assert waiting.wait(30)
         go_on.set()
         assert numbers(first.result()) == numbers(second.result())
+    assert capsys.readouterr().out.count("waiting for another evaluation") == 1
 
 
 def test_nodes_that_do_not_share_the_folder(tmp_path: Path, batch: PictureBatch) -> None:
