@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from models.layers import (
     TimestepEmbedder,
     position_embedding,
 )
+from models.token_density import TIMESTEPS, TokenDensity
 from models.weights import DenseRules, Rows
 from runtime.config import InputError, nearest
 from runtime.seeding import Keys, uniform
@@ -158,6 +160,11 @@ class DiT(nn.Module):
         """Multiply-accumulates of all blocks for one image."""
         return sum(block.macs(self.backbone.tokens, self.backbone.tokens) for block in self.blocks)
 
+    @property
+    def density(self) -> TokenDensity | None:
+        """The sparse grid of every timestep; None where the method has none."""
+        return None
+
     def plan(self, t: int) -> Plan:
         """What the step at the original timestep t (0 .. 999) computes."""
         return Plan()
@@ -166,17 +173,24 @@ class DiT(nn.Module):
         """Plans of the conditional and the unconditional half; equal plans let both halves run as one batch."""
         return self.plan(t), self.plan(t)
 
+    def training_plans(self) -> Sequence[tuple[range, Plan]]:
+        """Intervals of timesteps, together 0 .. 999 in order, and the plan of a training pass within each.
+
+        A training batch holds timesteps of one interval alone.
+        """
+        return [(range(TIMESTEPS), self.plan(0))]
+
     def draw(self, keys: Keys) -> dict[str, Tensor]:
         """Everything random in one training pass: here, which labels become the null class. label_drop: (N,) bool"""
         return {"label_drop": uniform(keys, "label drop") < self.backbone.label_drop}
 
     def training_forward(
-        self, x: Tensor, t: Tensor, y: Tensor, draws: Draws
+        self, x: Tensor, t: Tensor, y: Tensor, plan: Plan | None, draws: Draws
     ) -> tuple[dict[str, tuple[Tensor, float]], dict[str, Tensor]]:
         """Outputs to which the objective applies, each with its weight, and features for `extra_losses`."""
-        return {"denoising": (self(x, t, y, draws=draws), 1.0)}, {}
+        return {"denoising": (self(x, t, y, plan, draws), 1.0)}, {}
 
-    def extra_losses(self, features: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    def extra_losses(self, features: Mapping[str, Tensor], step: int | Tensor) -> dict[str, Tensor]:
         """Scalar losses of the method itself, already weighted, by name."""
         return {}
 
@@ -199,12 +213,30 @@ class DiT(nn.Module):
         """Latents, timesteps, labels -> noise prediction, then variance channels when sigma is learned.
 
         x (N, C, H, W); t (N,), 0 .. 999; y (N,) int64, `num_classes` is the null class -> (N, out_channels, H, W)
+        Without a plan each sample gets that of its own timestep, the slow and general way: where plans differ the timesteps are
+        read back from the device and the samples of one plan run together.
         """
+        if plan is None:
+            plans = self.training_plans()
+            if len(plans) > 1:
+                return self._forward_by_plan(x, t, y, draws)
+            plan = plans[0][1]
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         labels = self.y_embedder(y, None if draws is None else draws["label_drop"])  # (N, D)
         condition = self.t_embedder(t) + labels  # (N, D)
-        tokens = self.run_blocks(tokens, condition, plan or self.plan(0), draws)  # (N, T, D)
+        tokens = self.run_blocks(tokens, condition, plan, draws)  # (N, T, D)
         return self.unpatchify(self.final_layer(tokens, condition))  # (N, out_channels, H, W)
+
+    def _forward_by_plan(self, x: Tensor, t: Tensor, y: Tensor, draws: Draws | None) -> Tensor:
+        """x (N, C, H, W), t (N,), y (N,) -> (N, out_channels, H, W), every sample under the plan of its timestep."""
+        plans = [self.plan(int(step)) for step in t.tolist()]
+        parts, order = [], []
+        for plan in dict.fromkeys(plans):
+            chosen = torch.tensor([place for place, other in enumerate(plans) if other == plan], device=x.device)
+            drawn = None if draws is None else {name: values[chosen] for name, values in draws.items()}
+            parts.append(self(x[chosen], t[chosen], y[chosen], plan, drawn))
+            order.append(chosen)
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(N, T, p p C), channels last inside a patch -> (N, C, H, W)"""
@@ -213,10 +245,22 @@ class DiT(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, C, H, W)
 
     def macs(self, plan: Plan | None = None) -> int:
-        """Multiply-accumulates of one forward pass for one image: everything, softmax attention included, guidance not."""
+        """Multiply-accumulates of one forward pass for one image: everything, softmax attention included, guidance not.
+
+        Without a plan: the network's only one; ValueError where plans differ, for which there is `mean_macs`.
+        """
+        if plan is None:
+            plan = self.plan(0)
+            if any(other != plan for _, other in self.training_plans()):
+                raise ValueError("plans differ with the timestep; give a plan, or ask mean_macs over timesteps")
         tokens = self.backbone.tokens
         embedding = self.x_embedder.macs(tokens) + self.t_embedder.macs()
-        return embedding + self.block_macs(plan or self.plan(0)) + self.final_layer.macs(tokens)
+        return embedding + self.block_macs(plan) + self.final_layer.macs(tokens)
+
+    def mean_macs(self, timesteps: Sequence[int] = range(TIMESTEPS)) -> float:
+        """The mean of `macs` over the steps at the original `timesteps`: of a sampler's, or of training's uniform draw."""
+        counts = Counter(self.plan(t) for t in timesteps)
+        return sum(count * self.macs(plan) for plan, count in counts.items()) / counts.total()
 
     def initialize_weights(self, linear_gain: float = 1.0) -> None:
         """DiT's initialisation: the network starts as the zero function, each block as the identity."""

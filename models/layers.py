@@ -1,7 +1,7 @@
 """The parts every method is built from: embedders, attention, feed-forward, modulation, the DiT block, the final layer.
 
 Parameter names are DiT's (Peebles & Xie 2023, arXiv 2212.09748), so its checkpoints load without renaming. `macs` beside a
-forward counts its multiply-accumulates for one image; the two are kept equal by `tests/models/test_registry.py`.
+forward counts its multiply-accumulates for one image; the two are kept equal by `tests/models/test_macs.py`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ cross-attention. The blocks stand in one flat list in running order, block i tak
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.dit import Backbone, DiT, Draws
 from models.layers import Block, CrossAttention, ModulatedBlock, Plan, linear_macs, modulate, without_autocast
+from models.token_density import Grid, TokenDensity
 from models.weights import DenseRules, Rows
 from runtime.config import InputError, option
 
@@ -46,15 +47,37 @@ class SparseDiTOptions:
     modules: int | None = option(None, "number of sparse-dense token modules; none: by depth")
     module_blocks: tuple[int, ...] | None = option(None, "merge,sparse,recover,dense blocks in a module; none: by depth")
     top_blocks: int | None = option(None, "last, dense blocks; none: by depth")
-    sparse_grid: tuple[int, ...] | None = option(None, "sparse tokens, as 8 or 8x8; none: 8 a side, at most half the map")
+    density: str | None = option(
+        None,
+        "sparse tokens: 8 or 8x6 at all timesteps, pruning rates 0.61:0.86 (0.61:0.86/4: in four parts), or grids and where "
+        "they start, 10,9,8,6@0,250,500,750; none: 8 a side, at most half the map",
+        flags=("--sparse-grid",),
+    )
     readd_position: bool = option(False, "add the position embedding again at the switches (as the paper, not the release)")
+
+    @staticmethod
+    def upgraded(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options from before token density, when one `sparse_grid` (8, 8x6, "8,6", [8, 6]) held throughout, in today's terms.
+
+        InputError where it stands beside `density`, or twice.
+        """
+        renamed: dict[str, Any] = {}
+        for key, value in mapping.items():
+            older = str(key).replace("-", "_") == "sparse_grid"
+            if older and isinstance(value, str) and "@" not in value:
+                value = value.split(",")
+            name = "density" if older else key
+            if name in renamed:
+                raise InputError("sparse_grid is the older name of density, and both are given; keep one of the two.")
+            renamed[name] = "x".join(map(str, value)) if name == "density" and isinstance(value, list | tuple) else value
+        return renamed
 
 
 class Grids(NamedTuple):
     """Rows and columns of the sparse tokens and of the full map."""
 
-    sparse: tuple[int, ...]
-    full: tuple[int, int]
+    sparse: Grid
+    full: Grid
 
 
 class Context(NamedTuple):
@@ -72,7 +95,7 @@ class Split(NamedTuple):
     modules: int
     module_blocks: tuple[int, ...]
     top_blocks: int
-    sparse_grid: tuple[int, ...]
+    density: TokenDensity
 
     @classmethod
     def of(cls, options: SparseDiTOptions, backbone: Backbone) -> Split:
@@ -83,16 +106,17 @@ class Split(NamedTuple):
             missing = ", ".join(name for name, value in zip(cls._fields, given, strict=False) if value is None)
             raise InputError(f"depth {backbone.depth} has no default split; give {missing}.")
         chosen = [default[place] if default and value is None else value for place, value in enumerate(given)]
-        sparse_grid = options.sparse_grid or tuple(max(1, min(8, side // 2)) for side in backbone.grid)
-        split = cls(*chosen, sparse_grid * 2 if len(sparse_grid) == 1 else sparse_grid)  # type: ignore[call-arg, arg-type]
+        if options.density is None:
+            rows, columns = (max(1, min(8, side // 2)) for side in backbone.grid)
+            density = TokenDensity.fixed((rows, columns))
+        else:
+            density = TokenDensity.parse(options.density, backbone.grid)
+        split = cls(*chosen, density)  # type: ignore[call-arg, arg-type]
         split.check(backbone)
         return split
 
     def check(self, backbone: Backbone) -> None:
-        group, grid, sparse_grid = self.module_blocks, backbone.grid, self.sparse_grid
-        if len(sparse_grid) != 2 or any(not 1 <= small <= side for small, side in zip(sparse_grid, grid, strict=True)):
-            shown = "x".join(map(str, sparse_grid))
-            raise InputError(f"sparse grid {shown} does not fit the token map of {grid[0]}x{grid[1]}; give at most its sides.")
+        group = self.module_blocks
         for name, least in (("poolingformer_blocks", 0), ("modules", 1), ("top_blocks", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
@@ -203,7 +227,7 @@ class RecoverBlock(ModulatedBlock):
 
 
 class SparseDiT(DiT):
-    """SparseDiT on any DiT backbone. The plan's signature is the sparse grid; no weight depends on it."""
+    """SparseDiT on any DiT backbone. The plan's signature is the sparse grid of the timestep; no weight depends on it."""
 
     options_type: ClassVar[type] = SparseDiTOptions
     released_layout: ClassVar[str] = "released SparseDiT"
@@ -216,7 +240,8 @@ class SparseDiT(DiT):
 
     @classmethod
     def resolve(cls, options: SparseDiTOptions, backbone: Backbone) -> SparseDiTOptions:
-        return SparseDiTOptions(*Split.of(options, backbone), readd_position=options.readd_position)
+        split = Split.of(options, backbone)
+        return replace(options, **{**split._asdict(), "density": str(split.density)})
 
     def build_blocks(self) -> Iterator[ModulatedBlock]:
         width, heads, ratio = self.backbone.hidden_size, self.backbone.num_heads, self.backbone.mlp_ratio
@@ -230,8 +255,15 @@ class SparseDiT(DiT):
             else:
                 yield Block(width, heads, ratio)
 
+    @property
+    def density(self) -> TokenDensity:
+        return self.split.density
+
     def plan(self, t: int) -> Plan:
-        return Plan(signature=("sparse grid", *self.split.sparse_grid))
+        return Plan(signature=("sparse grid", *self.density.grid_at(t)))
+
+    def training_plans(self) -> Sequence[tuple[range, Plan]]:
+        return [(timesteps, self.plan(timesteps.start)) for timesteps in self.density.intervals]
 
     def run_blocks(self, tokens: Tensor, condition: Tensor, plan: Plan, draws: Draws | None) -> Tensor:
         grid, sparse_grid = self.backbone.grid, plan.signature[1:]
@@ -321,7 +353,7 @@ def count_blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     return len({match[1] for key in shapes if (match := re.match(rf"{prefix}\.(\d+)\.", key))})
 
 
-def pool_tokens(tokens: Tensor, grid: tuple[int, int], sparse_grid: tuple[int, ...]) -> Tensor:
+def pool_tokens(tokens: Tensor, grid: Grid, sparse_grid: Grid) -> Tensor:
     """Adaptive average pooling of a token map: (N, rows * columns, D) -> (N, S, D)"""
     (rows, columns), (sparse_rows, sparse_columns) = grid, sparse_grid
     if rows % sparse_rows == 0 and columns % sparse_columns == 0:
@@ -332,7 +364,7 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int], sparse_grid: tuple[int, .
     return F.adaptive_avg_pool2d(plane, (sparse_rows, sparse_columns)).flatten(2).transpose(1, 2)  # (N, S, D)
 
 
-def upsample_tokens(tokens: Tensor, sparse_grid: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+def upsample_tokens(tokens: Tensor, sparse_grid: Grid, grid: Grid) -> Tensor:
     """Nearest-neighbour upsampling of a token map: (N, S, D) -> (N, rows * columns, D)"""
     (rows, columns), (sparse_rows, sparse_columns) = grid, sparse_grid
     if rows % sparse_rows == 0 and columns % sparse_columns == 0:
@@ -343,7 +375,7 @@ def upsample_tokens(tokens: Tensor, sparse_grid: tuple[int, ...], grid: tuple[in
     return tokens[:, nearest_index(sparse_grid, grid, tokens.device)]  # (N, T, D)
 
 
-def nearest_index(sparse_grid: tuple[int, ...], grid: tuple[int, int], device: torch.device) -> Tensor:
+def nearest_index(sparse_grid: Grid, grid: Grid, device: torch.device) -> Tensor:
     """For every full token the index of its nearest sparse one, floor(i s / n) on each axis. -> (rows * columns,) int64"""
     row, column = (torch.arange(side, device=device) * small // side for side, small in zip(grid, sparse_grid, strict=True))
     return (row[:, None] * sparse_grid[1] + column[None, :]).flatten()

@@ -53,7 +53,11 @@ def from_mapping(cls: type[Config], mapping: Mapping[str, Any], where: str) -> C
 
 
 def checked_values(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`mapping` with keys and values checked against the fields of `cls`, not yet completed with defaults."""
+    """`mapping` with keys and values checked against the fields of `cls`, not yet completed with defaults.
+
+    A class whose older files hold other fields translates them in a static method `upgraded(mapping)`.
+    """
+    mapping = getattr(cls, "upgraded", dict)(mapping)
     annotations = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     values = {}
@@ -96,9 +100,14 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _unique_keys(loader: Any) -> Any:
-    """A YAML loader that refuses a key given twice, where PyYAML takes the last one without a word."""
+    """A YAML loader that refuses a key given twice, where PyYAML takes the last one without a word, and knows no base 60."""
 
     class UniqueKeys(loader):
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            # YAML 1.1 reads 0:0.5 as a number of minutes and seconds; nobody means that, and pruning rates look like it.
+            tag = super().resolve(kind, value, implicit)
+            return "tag:yaml.org,2002:str" if tag.endswith((":int", ":float")) and ":" in value else tag
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [self.construct_object(key, deep) for key, _ in node.value]
             for key in keys:

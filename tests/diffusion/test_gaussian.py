@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from diffusion.gaussian import (
     EpsilonObjective,
+    Timesteps,
     discretized_gaussian_nll,
     posterior_mean,
     predicted_moments,
@@ -19,7 +20,7 @@ from diffusion.gaussian import (
 )
 from diffusion.schedule import NoiseSchedule
 from runtime.config import InputError
-from runtime.seeding import Keys
+from runtime.seeding import Keys, integers
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -210,6 +211,26 @@ def test_training_noise_depends_on_each_samples_key_alone():
     assert abs(noised.noise.mean().item()) < 0.03
     assert noised.x_t.dtype == torch.float32
     torch.testing.assert_close(noised.x_t, q_sample(SCHEDULE, x0, noised.t, noised.noise), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("timesteps", [range(250, 257), range(999, 1000), range(1)])
+def test_timesteps_are_drawn_within_an_interval(timesteps):
+    objective, x0 = EpsilonObjective(SCHEDULE, None, learned_variance=True), torch.zeros(500, 4, 4, 4)
+    keys = Keys(seed=3, step=7, index=torch.arange(500))
+    noised = objective.noised(x0, keys, timesteps)
+    assert set(noised.t.tolist()) == set(timesteps)
+    in_tensors = objective.noised(x0, keys, Timesteps(torch.tensor(timesteps.start), torch.tensor(timesteps.stop)))
+    for ours, reference in zip(in_tensors, noised, strict=True):
+        assert torch.equal(ours, reference)
+    assert torch.equal(noised.noise, objective.noised(x0, keys).noise)
+
+
+def test_the_whole_schedule_is_an_interval_like_any_other():
+    """What trainings drew before there were intervals."""
+    objective, keys = EpsilonObjective(SCHEDULE, None, learned_variance=True), Keys(seed=3, step=7, index=torch.arange(500))
+    plain, interval = (objective.noised(torch.zeros(500, 1, 1, 1), keys, *given) for given in ((), (range(1000),)))
+    assert torch.equal(plain.t, integers(keys, "timestep", 1000))
+    assert torch.equal(plain.t, interval.t)
 
 
 def test_named_losses_are_those_of_the_call(batch):

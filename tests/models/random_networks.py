@@ -1,4 +1,4 @@
-"""Networks whose every parameter is drawn, and inputs for them.
+"""Networks whose every parameter is drawn, inputs for them, and how outputs and costs are measured.
 
 A freshly initialised DiT outputs exactly zero, whatever is wrong inside it: tests of equality and of gradients draw the
 parameters first. The draws are keyed, so the values do not depend on torch's generator or its version.
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from models import Backbone, DiT, create_model
+from models import Backbone, DiT, Plan, create_model
 from runtime.seeding import Keys, integers, normal
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -65,6 +66,20 @@ def tiny(model: str = "DiT-T/2", latent_size: tuple[int, int] = (16, 16), **size
     return Backbone.named(model, latent_size, **{"num_classes": CLASSES, **sizes})
 
 
+SIZES: Mapping[str, Backbone] = {
+    "debug": tiny(),
+    "rectangular": tiny(latent_size=(8, 20)),
+    "odd grid": tiny(latent_size=(10, 14)),
+    "in numbers": tiny("DiT-96x8x4/1", (6, 6), in_channels=1),
+    "patch 4": tiny("DiT-48x8x4/4", (16, 24)),
+    "three channels": tiny(in_channels=3),
+    "no sigma": tiny(learn_sigma=False),
+    "one class": tiny(num_classes=1),
+    "12 deep": tiny("DiT-32x12x2/2"),
+}
+"""Backbones of every kind."""
+
+
 def inputs(backbone: Backbone, count: int = 3, seed: int = 1) -> Inputs:
     """A batch for a backbone."""
     keys = Keys(seed, 0, torch.arange(count))
@@ -78,3 +93,13 @@ def distance(ours: Tensor, reference: Tensor) -> float:
     scale = reference.abs().max()
     assert scale > 0.1, "the reference is too small to compare with"
     return float(((ours - reference).abs().max() / scale).detach())
+
+
+def counted_macs(model: DiT, plan: Plan | None = None) -> float:
+    """Multiply-accumulates as torch counts them on the meta device, where it counts attention too."""
+    backbone = model.backbone
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(
+            torch.zeros(1, backbone.in_channels, *backbone.latent_size), torch.zeros(1), torch.zeros(1, dtype=torch.long), plan
+        )
+    return counter.get_total_flops() / 2

@@ -15,19 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import Backbone, DiT, SparseDiT, create_model
 from models.layers import Attention, Block, CrossAttention, modulate
 from models.sparsedit import (
-    DEFAULT_SPLITS,
     Context,
     Grids,
     MergeBlock,
     PoolingBlock,
     RecoverBlock,
-    SparseDiTOptions,
     nearest_index,
     pool_tokens,
     upsample_tokens,
 )
 from models.weights import load, plan_loading
-from runtime.config import InputError
 from tests.models.random_networks import distance, inputs, network, randomized, tiny
 from tests.models.random_networks import one_thread as one_thread
 
@@ -42,11 +39,11 @@ SPLITS: Mapping[str, dict[str, Any]] = {
     "readded position": {"readd_position": True, "modules": 1, "module_blocks": (1, 2, 2, 1)},
 }
 GRIDS = {
-    "dividing": ((16, 16), (4, 4)),
-    "not dividing": ((16, 16), (5, 5)),
-    "rectangular": ((12, 20), (3, 4)),
-    "one token": ((8, 8), (1, 1)),
-    "full map": ((8, 12), (4, 6)),
+    "dividing": ((16, 16), "4"),
+    "not dividing": ((16, 16), "5"),
+    "rectangular": ((12, 20), "3x4"),
+    "one token": ((8, 8), "1"),
+    "full map": ((8, 12), "4x6"),
 }
 
 
@@ -100,7 +97,7 @@ def slow_block(block: Any, tokens: Tensor, keys: Tensor, modulation: Tensor) -> 
 
 def slow_forward(model: SparseDiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The whole network block by block, by the facts of the paper."""
-    grid, sparse_grid = model.backbone.grid, (model.split.sparse_grid[0], model.split.sparse_grid[1])
+    grid, sparse_grid = model.backbone.grid, model.split.density.grid_at(0)
     position = model.pos_embed if model.options.readd_position else torch.zeros_like(model.pos_embed)
     tokens = model.x_embedder(x) + model.pos_embed
     condition = model.t_embedder.mlp(model.t_embedder.sinusoids(t).to(x.dtype)) + model.y_embedder(y)
@@ -142,9 +139,9 @@ def test_network_is_its_slow_form(split: str, latent_size: tuple[int, int]) -> N
     assert slow_and_fast(double_network(SPLITS[split], latent_size)) < EXACT
 
 
-@pytest.mark.parametrize(("latent_size", "sparse_grid"), GRIDS.values(), ids=GRIDS)
-def test_every_sparse_grid_is_its_slow_form(latent_size: tuple[int, int], sparse_grid: tuple[int, int]) -> None:
-    assert slow_and_fast(double_network({**SPLITS["two of each"], "sparse_grid": sparse_grid}, latent_size)) < EXACT
+@pytest.mark.parametrize(("latent_size", "density"), GRIDS.values(), ids=GRIDS)
+def test_every_sparse_grid_is_its_slow_form(latent_size: tuple[int, int], density: str) -> None:
+    assert slow_and_fast(double_network({**SPLITS["two of each"], "density": density}, latent_size)) < EXACT
 
 
 CROSS_ATTENTION = CrossAttention.forward
@@ -176,7 +173,7 @@ def transposed_index(sparse_grid: tuple[int, ...], grid: tuple[int, int], device
     ],
 )
 def test_the_slow_form_catches(name: str, wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = double_network({"sparse_grid": (3, 4)}, (12, 20))
+    model = double_network({"density": "3x4"}, (12, 20))
     monkeypatch.setattr(f"models.sparsedit.{name}", wrong)
     assert slow_and_fast(model) > 1e-6
 
@@ -279,7 +276,7 @@ def test_readding_the_position_is_off_and_changes_the_output() -> None:
 
 
 def test_no_weight_depends_on_the_sparse_grid() -> None:
-    coarse, fine = (network("sparsedit", tiny(), {"sparse_grid": (side,)}) for side in (2, 8))
+    coarse, fine = (network("sparsedit", tiny(), {"density": side}) for side in (2, 8))
     fine.load_state_dict(coarse.state_dict())
     assert torch.equal(coarse(*inputs(tiny()), plan=fine.plan(0)), fine(*inputs(tiny())))
     assert distance(coarse(*inputs(tiny())), fine(*inputs(tiny()))) > 1e-2
@@ -297,14 +294,14 @@ def converted(dense: DiT, options: Mapping[str, Any]) -> SparseDiT:
     return model
 
 
-@pytest.mark.parametrize("sparse_grid", [(4,), (5, 3), (8,)])
-def test_right_after_conversion_the_merged_map_is_the_full_map(sparse_grid: tuple[int, ...]) -> None:
-    model = converted(network("dense", tiny()), {"sparse_grid": sparse_grid})
+@pytest.mark.parametrize("density", ["4", "5x3", "8", "8,3@0,500"])
+def test_right_after_conversion_the_merged_map_is_the_full_map(density: str) -> None:
+    model = converted(network("dense", tiny()), {"density": density})
     maps: list[Tensor] = []
     merge, recover = model.blocks[1], model.blocks[5]
     merge.register_forward_pre_hook(lambda module, arguments: maps.append(arguments[1].full_map))
     recover.norm1.register_forward_pre_hook(lambda module, arguments: maps.append(arguments[0]))
-    model(*inputs(tiny()))
+    model(*inputs(tiny()), model.plan(999))
     full, merged = maps[0], maps[1]
     assert torch.equal(merged, full)
     assert full.std() > 0.1
@@ -318,19 +315,19 @@ def identity_blocks(model: DiT, places: range) -> DiT:
     return model
 
 
-def conversion_error(dense: DiT, sparse_grid: tuple[int, ...]) -> float:
+def conversion_error(dense: DiT, density: str) -> float:
     split = {"poolingformer_blocks": 0, "modules": 1, "module_blocks": (1, 3, 1, 1), "top_blocks": 1}
-    model = converted(dense, {**split, "sparse_grid": sparse_grid})
+    model = converted(dense, {**split, "density": density})
     return distance(model(*inputs(dense.backbone)), dense(*inputs(dense.backbone)))
 
 
 def test_on_the_full_map_a_converted_dit_is_the_dit() -> None:
     """Where merge and sparse blocks are identities and the sparse grid is the whole map, SparseDiT computes the dense DiT."""
     backbone = Backbone.named("DiT-48x7x4/2", (12, 16), num_classes=10)
-    assert conversion_error(identity_blocks(network("dense", backbone), range(4)), (6, 8)) < 1e-5
+    assert conversion_error(identity_blocks(network("dense", backbone), range(4)), "6x8") < 1e-5
     # Known-bad variants: a smaller map, or sparse blocks that do something, and the two are different functions.
-    assert conversion_error(identity_blocks(network("dense", backbone), range(4)), (3, 4)) > 1e-3
-    assert conversion_error(identity_blocks(network("dense", backbone), range(1)), (6, 8)) > 1e-3
+    assert conversion_error(identity_blocks(network("dense", backbone), range(4)), "3x4") > 1e-3
+    assert conversion_error(identity_blocks(network("dense", backbone), range(1)), "6x8") > 1e-3
 
 
 def test_each_block_takes_the_weights_of_its_dense_block() -> None:
@@ -365,51 +362,3 @@ def test_a_fresh_sparsedit_has_the_release_s_initialisation() -> None:
     for table in (model.y_embedder.embedding_table, model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
         assert isinstance(table, nn.Embedding | nn.Linear)
         assert float(table.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
-
-
-# Options -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("depth", DEFAULT_SPLITS)
-def test_default_splits_fill_the_depth(depth: int) -> None:
-    backbone = Backbone.named(f"DiT-32x{depth}x2/2", (32, 32))
-    with torch.device("meta"):
-        model = SparseDiT(backbone)
-    assert len(model.blocks) == depth
-    assert model.split.sparse_grid == (8, 8)
-    assert model.options == SparseDiTOptions(*DEFAULT_SPLITS[depth], (8, 8), False)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"top_blocks": 2}, ["1 + 1 x (1+3+1+1) + 2 = 9", "the backbone has 8", "top_blocks"]),
-        ({"modules": 2}, ["1 + 2 x (1+3+1+1) + 1 = 14", "modules"]),
-        ({"sparse_grid": (9,)}, ["sparse grid 9x9", "8x8"]),
-        ({"sparse_grid": (4, 9)}, ["sparse grid 4x9", "8x8"]),
-        ({"sparse_grid": (0, 4)}, ["sparse grid 0x4"]),
-        ({"sparse_grid": (4, 4, 4)}, ["sparse grid 4x4x4"]),
-        ({"module_blocks": (1, 3, 1)}, ["module_blocks is 1,3,1", "four counts"]),
-        ({"module_blocks": (1, 3, 1, 1, 0)}, ["module_blocks is 1,3,1,1,0", "four counts"]),
-        ({"module_blocks": (0, 4, 1, 1)}, ["module_blocks is 0,4,1,1", "one merge"]),
-        ({"module_blocks": (1, 4, 0, 1)}, ["module_blocks is 1,4,0,1", "one recover"]),
-        ({"module_blocks": (1, -1, 1, 1)}, ["module_blocks is 1,-1,1,1", "negative"]),
-        ({"poolingformer_blocks": -1}, ["poolingformer_blocks is -1"]),
-        ({"modules": -1}, ["modules is -1"]),
-        ({"top_blocks": -1}, ["top_blocks is -1"]),
-    ],
-    ids=str,
-)
-def test_impossible_splits_are_refused_in_one_sentence(options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(InputError) as caught:
-        create_model("sparsedit", tiny(), options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    for word in words:
-        assert word in message
-
-
-def test_a_depth_without_default_split_asks_for_what_is_missing() -> None:
-    with pytest.raises(InputError, match="depth 7 has no default split; give modules, top_blocks"):
-        create_model("sparsedit", tiny("DiT-48x7x4/2"), {"poolingformer_blocks": 1, "module_blocks": (1, 3, 1, 1)})

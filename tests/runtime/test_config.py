@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,11 +22,8 @@ from runtime.config import (
     load_yaml,
     nearest,
     option,
-    run_script,
     to_mapping,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ def test_an_unknown_key_where_none_is_known() -> None:
     class Empty:
         pass
 
-    assert "choose from" not in sentence(lambda: from_mapping(Empty, {"sparse_grid": 8}, "method dense"))
+    assert "choose from" not in sentence(lambda: from_mapping(Empty, {"density": 8}, "method dense"))
 
 
 def test_dashes_are_underscores() -> None:
@@ -269,6 +264,39 @@ def test_yaml_exponents_are_numbers(tmp_path: Path) -> None:
     assert from_mapping(Example, load_yaml(path), str(path)) == Example(learning_rate=2e-4, grid=(8, 8))
 
 
+def test_yaml_knows_no_base_60(tmp_path: Path) -> None:
+    """PyYAML alone reads 0:0.75 as 0.75 seconds and 1:30 as 90."""
+    path = tmp_path / "run.yaml"
+    path.write_text("density: 0:0.75\ntimes: [1:30, 61:01.5]\nnumber: 8\nrate: 1.5\nquoted: '1:2'\n")
+    read = {"density": "0:0.75", "times": ["1:30", "61:01.5"], "number": 8, "rate": 1.5, "quoted": "1:2"}
+    assert load_yaml(path) == read != yaml.safe_load(path.read_text())
+
+
+# Older files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What was `width` is `size` now, in another unit."""
+
+    size: int = 10
+    other: int = 0
+
+    @staticmethod
+    def upgraded(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"size" if key == "width" else key: 10 * value if key == "width" else value for key, value in mapping.items()}
+
+
+def test_older_keys_are_translated_before_they_are_checked() -> None:
+    assert from_mapping(Renamed, {"width": 3, "other": 2}, "here") == Renamed(30, 2)
+    assert from_mapping(Renamed, {"size": 3}, "here") == Renamed(3)
+    assert from_mapping(Renamed, to_mapping(Renamed(7, 1)), "here") == Renamed(7, 1)
+    assert checked_values(Renamed, {"width": 3}, "here") == {"size": 30}
+    message = sentence(lambda: from_mapping(Renamed, {"widht": 3}, "here"))
+    assert message == "here: unknown key 'widht'; choose from size, other."
+    assert "unknown key 'width'" in sentence(lambda: from_mapping(Example, {"width": 3}, "here"))
+
+
 # Flags ---------------------------------------------------------------------------------------------------------------
 
 
@@ -337,58 +365,3 @@ def test_help_shows_defaults_and_percent_signs(capsys: pytest.CaptureFixture[str
         "--no-use-ema",
     ):
         assert words in shown
-
-
-# Scripts -------------------------------------------------------------------------------------------------------------
-
-
-def ending(error: BaseException | None, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """(exit code, standard error) of a script whose `main` raises `error`."""
-
-    def main() -> None:
-        if error:
-            raise error
-
-    with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    assert isinstance(caught.value.code, int)
-    return caught.value.code, capsys.readouterr().err
-
-
-def test_scripts_end_with_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
-    assert ending(None, capsys) == (0, "")
-    assert ending(InputError("the thing is wrong; do this."), capsys) == (2, "train.py: error: the thing is wrong; do this.\n")
-    code, shown = ending(PermissionError(13, "Permission denied", "/their/file"), capsys)
-    assert code == 2
-    assert "error: /their/file: Permission denied; check the name" in shown
-    code, shown = ending(OSError(28, "No space left on device", "/full/file"), capsys)
-    assert (code, shown.count("\n")) == (1, 1)
-    assert "/full/file" in shown
-    assert ending(KeyboardInterrupt(), capsys)[0] == 130
-    with pytest.raises(PermissionError):  # a bug, or the user's system: the traceback is the message
-        run_script(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-
-
-def test_scripts_name_their_rank_among_several(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert ending(InputError("wrong."), capsys)[1] == "train.py [rank 1]: error: wrong.\n"
-
-
-def test_a_misspelt_flag_of_train_exits_with_2_and_one_line(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--modle", "X"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith("train.py: error: unknown argument '--modle'; did you mean ")
-    assert "'--model'" in line
-    assert not list(tmp_path.iterdir())
