@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +39,8 @@ from runtime.checkpoint import (
     save_state,
 )
 from runtime.config import ArgumentParser, InputError, run_script, to_mapping
+from runtime.density_groups import check_groups
+from runtime.density_report import density_lines, draw_density
 from runtime.distributed import choose_precision, make_accelerator, promised_processes, set_numerics
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
@@ -68,6 +70,7 @@ class TrainingData:
 class Prepared:
     """Everything that was checked before anything large was made."""
 
+    settings: TrainingSettings  # with the number of density groups
     features: FeatureDataset
     network: DiT  # a blueprint
     objective: EpsilonObjective
@@ -111,13 +114,29 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     }
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
     resume = resume_from(settings, run)
-    if resume:
-        check_resumable(resume, settings, header)
+    saved = saved_header(resume) if resume else None
+    groups = density_groups(settings, saved, network)
+    settings = replace(settings, density_groups=groups)
+    if resume and saved:
+        check_resumable(resume, saved, settings, header)
+    check_groups(groups, promised_processes(), settings.gradient_accumulation)
     weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
     state, loading = fit_weights(weights, network) if weights else (None, None)
     origin = weights.origin if weights else None
     held = hold(settings, run, resume)
-    return Prepared(features, network, objective, run, held, resume, state, loading, origin, grid_codec, header)
+    return Prepared(settings, features, network, objective, run, held, resume, state, loading, origin, grid_codec, header)
+
+
+def density_groups(settings: TrainingSettings, saved: Mapping[str, Any] | None, network: DiT) -> int:
+    """The number of density groups: as asked for, as the resumed run has it, or one for every process and accumulation step.
+
+    Where all timesteps have one token count there is one group, and nothing depends on it.
+    """
+    if settings.density_groups is None and saved:
+        return saved["settings"].get("density_groups", 1)  # before that setting, all timesteps had one token count
+    if len(network.training_plans()) == 1:
+        return 1
+    return settings.density_groups or promised_processes() * settings.gradient_accumulation
 
 
 def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] | None:
@@ -137,6 +156,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     """Checks, builds, runs."""
     precision, precision_note = choose_precision(settings.precision)
     prepared = prepare(settings, options)
+    settings = prepared.settings
     accelerator = make_accelerator(precision, settings.gradient_accumulation)
     set_numerics(settings.tf32)
     codec = None
@@ -159,16 +179,10 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         raise InputError(f"the processes would start at steps {steps}; --results-dir must be one folder that all of them see.")
     if accelerator.is_main_process:
         write_json(run / "config.json", {"settings": to_mapping(settings), **prepared.header})
-        shares = accelerator.num_processes * settings.gradient_accumulation
-        for line in (
-            summary(network, settings.model),
-            features.describe(),
-            f"batch {settings.global_batch_size} = {accelerator.num_processes} processes x {settings.gradient_accumulation} "
-            f"accumulation x {settings.global_batch_size // shares}, {accelerator.device.type}, precision "
-            f"{'fp32' if precision == 'no' else precision}, {trainer.last_step} steps, run folder {run}",
-            *origin_lines(prepared, trainer.step, precision_note),
-        ):
+        for line in opening_lines(prepared, network, trainer, precision, precision_note):
             say(line)
+        if len(trainer.plans) > 1:
+            draw_density(network, run / "density.png", SamplingSettings().num_sampling_steps)
     trainer.run()
     # The data-parallel wrapper must not be the process group's last owner: its destructor would join gloo's threads while it
     # holds the interpreter lock that they need, and the process would never end.
@@ -202,17 +216,23 @@ def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
     return chosen
 
 
-def check_resumable(path: Path, settings: TrainingSettings, now: Mapping[str, Any]) -> None:
-    """InputError when the checkpoint was made with settings, a network or data (`now`) that give another run."""
+def saved_header(path: Path) -> Mapping[str, Any]:
+    """What a training checkpoint says of its run. InputError where the file is damaged or something else."""
     try:
         header = read_header(path)
     except InputError as error:
         raise InputError(f"{error} Or delete it, and the same command continues from the checkpoint before.") from None
     if header is None or "settings" not in header:
         raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
-    differences = changed(header["settings"], settings)
-    for part in ("network", "data"):
-        before = header.get(part) or {}
+    return header
+
+
+def check_resumable(path: Path, saved: Mapping[str, Any], settings: TrainingSettings, now: Mapping[str, Any]) -> None:
+    """InputError when the checkpoint was made (`saved`) with settings, a network or data (`now`) that give another run."""
+    differences = changed(saved["settings"], settings)
+    # Built and described again, the network of an older checkpoint has today's options under today's names.
+    network = describe(described(saved["network"]), saved["network"]["model"])
+    for before, part in ((network, "network"), (saved.get("data") or {}, "data")):
         known = {difference.partition(" ")[0] for difference in differences}
         differences += [line for line in different(before, now[part]) if line.partition(" ")[0] not in known]
     if differences:
@@ -229,6 +249,34 @@ def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif before.get(key) != value:
             lines.append(f"{key} ({before.get(key)}, not {value})")
     return lines
+
+
+def opening_lines(
+    prepared: Prepared, network: DiT, trainer: Trainer, precision: str, precision_note: str | None
+) -> Iterator[str]:
+    """What is said before the first step: what is trained, at what cost, on what, how the work is dealt, from what weights."""
+    settings, accelerator = prepared.settings, trainer.accelerator
+    processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
+    yield summary(network, settings.model)
+    yield from density_lines(network, settings.model, SamplingSettings().num_sampling_steps)
+    yield prepared.features.describe()
+    yield (
+        f"batch {settings.global_batch_size} = {processes} processes x {accumulation} accumulation x "
+        f"{settings.global_batch_size // (processes * accumulation)}, {accelerator.device.type}, precision "
+        f"{'fp32' if precision == 'no' else precision}, {trainer.last_step} steps, run folder {prepared.run}"
+    )
+    if len(trainer.plans) > 1:
+        yield groups_line(trainer.groups, processes, accumulation)
+    yield from origin_lines(prepared, trainer.step, precision_note)
+
+
+def groups_line(groups: int, processes: int, accumulation: int) -> str:
+    """How the token counts of a step are dealt."""
+    shares = processes * accumulation
+    counted = "1 density group" if groups == 1 else f"{groups} density groups"
+    if groups == shares:
+        return f"{counted}, one for every process and accumulation step"
+    return f"{counted}, one for every {shares // groups} of {shares} processes x accumulation steps"
 
 
 def origin_lines(prepared: Prepared, step: int, precision_note: str | None) -> list[str]:

@@ -34,6 +34,13 @@ class Noised(NamedTuple):
     noise: Tensor  # (N, C, H, W) float32
 
 
+class Timesteps(NamedTuple):
+    """start, start + 1, .. stop - 1, as `range`, in tensors: a compiled graph then holds for any of them."""
+
+    start: Tensor  # () int64
+    stop: Tensor  # () int64
+
+
 class Losses(NamedTuple):
     """One number per sample, (N,) float32: total = mse + vlb. `mse` carries its weight, `vlb` is in bits per dimension."""
 
@@ -107,9 +114,13 @@ class EpsilonObjective:
         self.min_snr_gamma = min_snr_gamma
         self.learned_variance = learned_variance
 
-    def noised(self, x0: Tensor, keys: Keys) -> Noised:
-        """Draws timesteps, uniform over the schedule, and noise for a training batch x0 (N, C, H, W)."""
-        t = integers(keys, "timestep", len(self.schedule))  # (N,)
+    def noised(self, x0: Tensor, keys: Keys, timesteps: range | Timesteps | None = None) -> Noised:
+        """Draws timesteps, uniform over `timesteps` (None: the whole schedule), and noise for a training batch x0 (N, C, H, W).
+
+        What each sample draws is a function of its key and of `timesteps`; over the whole schedule, of its key alone.
+        """
+        drawn = range(len(self.schedule)) if timesteps is None else timesteps
+        t = drawn.start + integers(keys, "timestep", drawn.stop - drawn.start)  # (N,)
         noise = normal(keys, "noise", tuple(x0.shape[1:]))  # (N, C, H, W)
         return Noised(q_sample(self.schedule, x0, t, noise), t, x0, noise)
 

@@ -26,12 +26,13 @@ class Keys:
     """Names the draws of a batch: one seed, one step, one index per sample (its place in the global batch or sample set)."""
 
     seed: int
-    step: int
+    step: int | Tensor  # a tensor () int64 where a compiled graph must not depend on the number
     index: Tensor  # (N,) int64, each in [0, 2**32)
 
     def on(self, device: torch.device) -> Keys:
-        """The same keys with their indices on `device`."""
-        return replace(self, index=self.index.to(device))
+        """The same keys with their tensors on `device`."""
+        step = self.step.to(device) if isinstance(self.step, Tensor) else self.step
+        return replace(self, step=step, index=self.index.to(device))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,20 +68,24 @@ def normal(keys: Keys, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
     return pairs.flatten(1)[:, :count].float().reshape(len(keys.index), *shape)
 
 
-def integers(keys: Keys, purpose: str, high: int, shape: tuple[int, ...] = ()) -> Tensor:
-    """Independent integers, uniform on [0, high), high <= 2**31. -> (N, *shape) int64 on the device of `keys.index`."""
+def integers(keys: Keys, purpose: str, high: int | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """Independent integers, uniform on [0, high), high <= 2**31. -> (N, *shape) int64 on the device of `keys.index`.
+
+    `high` may be a tensor () int64, where a compiled graph must not depend on the number.
+    """
     return _shaped(_words(keys, purpose, math.prod(shape)), shape, lambda w: (w * high) >> 32)
 
 
 def permutation(seed: int, purpose: str, epoch: int, size: int) -> np.ndarray:
     """A random order of 0 .. size - 1 named by (seed, purpose, epoch). -> (size,) int64"""
-    low, high = _key(seed, purpose)
+    low, high = key_words(seed, purpose)
     # An array of its type: numpy turns a list with a number above 2**63 into float64, which drops the key's last bits.
     key = np.array([low | high << 32, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(size)
 
 
-def _key(seed: int, purpose: str) -> tuple[int, int]:
+def key_words(seed: int, purpose: str) -> tuple[int, int]:
+    """The generator's key, two 32-bit words. A compiler cannot look into the hash: it must take the result as a constant."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -89,8 +94,8 @@ def _words(keys: Keys, purpose: str, count: int) -> Tensor:
     """`count` random 32-bit words for every sample. -> (N, count) int64"""
     index = keys.index.reshape(-1, 1)  # (N, 1)
     block = torch.arange((count + 3) // 4, device=index.device).reshape(1, -1)  # (1, ceil(count / 4))
-    step = torch.full_like(index, keys.step)
-    words = philox((block, index, step, torch.zeros_like(step)), _key(keys.seed, purpose))
+    step = torch.zeros_like(index) + keys.step  # (N, 1)
+    words = philox((block, index, step, torch.zeros_like(step)), key_words(keys.seed, purpose))
     return torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1)[:, :count]  # (N, count)
 
 

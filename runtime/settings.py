@@ -38,6 +38,9 @@ class TrainingSettings:
     epochs: int = option(1400, "passes over the data, where --max-steps is not given")
     global_batch_size: int = option(256, "samples per optimizer step, over all processes and accumulation")
     gradient_accumulation: int = option(1, "forward passes per optimizer step and process")
+    density_groups: int | None = option(
+        None, "parts of the global batch with a token count each; none: one for every process and accumulation step"
+    )
     learning_rate: float = option(1e-4, "AdamW's rate", flags=("--lr",))
     learning_rate_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up")
     warmup_steps: int = option(0, "steps in which the rate rises from 0")
@@ -71,6 +74,7 @@ LEAST = {
         "epochs",
         "global_batch_size",
         "gradient_accumulation",
+        "density_groups",
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -191,7 +195,8 @@ def check(settings: TrainingSettings) -> None:
 def changed(saved: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
     """Settings that differ from a checkpoint's and may not: "name (saved value, not new value)"."""
     now = to_mapping(settings)
-    saved = {**to_mapping(TrainingSettings()), **saved}  # a checkpoint may be older than a setting
+    # A checkpoint may be older than a setting; before density_groups all timesteps had one token count.
+    saved = {**to_mapping(TrainingSettings(density_groups=1)), **saved}
     for values in (now, saved):
         values["pretrained"] = Path(values["pretrained"]).name  # the file may have moved
     # With a cosine the length of the run decides every step's rate.

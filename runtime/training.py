@@ -5,29 +5,33 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from diffusion.gaussian import Timesteps
+from models import DiT, Plan
 from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_header, read_tensors, save_checkpoint
 from runtime.config import InputError, to_mapping
+from runtime.density_groups import group_of, group_timestep, interval_of
 from runtime.ema import ExponentialMovingAverage
 from runtime.logs import RunLog, memory_gib, say
-from runtime.seeding import Keys
+from runtime.seeding import Keys, key_words
 from runtime.settings import TrainingSettings
 
 
 class Objective(Protocol):
     """What is noised and predicted, and the loss of a prediction."""
 
-    def noised(self, x0: Tensor, keys: Keys) -> Any:
-        """Draws timesteps and noise: an object with `x_t` (N, C, H, W) and `t` (N,) that `losses` takes back."""
+    def noised(self, x0: Tensor, keys: Keys, timesteps: Timesteps) -> Any:
+        """Draws timesteps within `timesteps`, and noise: an object with `x_t` (N, C, H, W), `t` (N,) that `losses` takes."""
 
     def losses(self, output: Tensor, noised: Any) -> Mapping[str, Tensor]:
         """Losses per sample, each (N,): "loss" is the total, the others are its parts."""
@@ -42,29 +46,58 @@ class Data(Protocol):
         """positions (n,) int64 in the global batch, on the CPU -> latents (n, C, H, W) float32, labels (n,), on `device`"""
 
 
-class TrainingStep(nn.Module):
-    """Draw, noise, predict, score. This is what accelerate wraps; nothing but its `forward` is called on the wrapped module."""
+class Batch(NamedTuple):
+    """What one process computes at once. All its timesteps lie in one interval of the token density, whose plan this is."""
 
-    def __init__(self, network: nn.Module, objective: Objective, seed: int) -> None:
+    latents: Tensor  # (n, C, H, W)
+    labels: Tensor  # (n,)
+    positions: Tensor  # (n,) int64, in the global batch
+    timesteps: Timesteps
+    plan: Plan
+
+
+class TrainingStep(nn.Module):
+    """Draw, noise, predict, score. This is what accelerate wraps; nothing but its `forward` is called on the wrapped module.
+
+    Compiled, it makes one graph for each signature of a plan: what else changes from step to step comes in tensors.
+    """
+
+    def __init__(self, network: DiT, objective: Objective, seed: int) -> None:
         super().__init__()
         self.network = network
         self.objective = objective
         self.seed = seed
 
-    def forward(self, latents: Tensor, labels: Tensor, positions: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """latents (n, C, H, W), labels (n,), positions (n,) in the global batch -> scalar loss, its parts by name"""
-        network: Any = self.network
-        keys = Keys(self.seed, step, positions)
-        noised = self.objective.noised(latents, keys)
-        outputs, features = network.training_forward(noised.x_t, noised.t, labels, network.draw(keys))
-        total, parts = latents.new_zeros(()), {}
+    def forward(self, batch: Batch, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """step () int64 -> scalar loss, its parts by name"""
+        keys = Keys(self.seed, step, batch.positions)
+        noised = self.objective.noised(batch.latents, keys, batch.timesteps)
+        outputs, features = self.network.training_forward(
+            noised.x_t, noised.t, batch.labels, batch.plan, self.network.draw(keys)
+        )
+        total, parts = batch.latents.new_zeros(()), {}
         for name, (output, weight) in outputs.items():
             for part, values in self.objective.losses(output, noised).items():
                 parts[part if len(outputs) == 1 else f"{name}/{part}"] = values.mean().detach()
                 total = total + weight * values.mean() if part == "loss" else total
-        for name, value in network.extra_losses(features, step).items():
+        for name, value in self.network.extra_losses(features, step).items():
             parts[name], total = value.detach(), total + value
         return total, {**parts, "loss": total.detach()}
+
+
+def allow_graphs(accelerator: Accelerator, plans: Sequence[tuple[range, Plan]]) -> None:
+    """Where the launcher asks for compilation (`accelerate launch --dynamo_backend`): one graph for each signature."""
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    import torch._dynamo  # a second, which others need not wait
+
+    torch.compiler.assume_constant_result(key_words)
+    if plugin.dynamic is None:  # torch's default would make the second grid met a variable, and slow graphs for any grid
+        plugin.dynamic = False
+    signatures = {plan.signature for _, plan in plans}
+    # Beyond its limit, of 8, torch goes back to running uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(signatures))
 
 
 class Trainer:
@@ -74,17 +107,22 @@ class Trainer:
         self,
         settings: TrainingSettings,
         accelerator: Accelerator,
-        network: nn.Module,
+        network: DiT,
         objective: Objective,
         data: Data,
         run: Path,
         header: Mapping[str, Any],
         grid: Callable[[nn.Module, int], Tensor] | None = None,
     ) -> None:
-        """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) of the averaged network and step."""
+        """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) of the averaged network and step.
+
+        `settings.density_groups` is a number that `check_groups` lets pass.
+        """
+        assert settings.density_groups is not None
         self.settings, self.accelerator, self.data, self.run_folder = settings, accelerator, data, run
         self.header, self.grid = dict(header), grid
         self.network = network.to(accelerator.device)
+        self.groups, self.plans = settings.density_groups, network.training_plans()
         self.ema = ExponentialMovingAverage(self.network, settings.ema_decay, settings.ema_warmup)
         self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -94,6 +132,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
         step_module = TrainingStep(self.network, objective, settings.seed)
+        allow_graphs(accelerator, self.plans)
         self.step_module, self.optimizer = accelerator.prepare(step_module, optimizer)
         self.last_step = settings.max_steps or math.ceil(settings.epochs * len(data) / settings.global_batch_size)
         self.step = 0
@@ -102,6 +141,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
+        self._by_interval = torch.zeros(2, len(self.plans), device=accelerator.device)  # sums of losses; how many
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -167,25 +207,40 @@ class Trainer:
         accumulation = self.settings.gradient_accumulation
         share = self.settings.global_batch_size // (processes * accumulation)
         losses: dict[str, Tensor] = {}
+        drawn: list[tuple[int, Tensor]] = []
         seen: list[Tensor] = []
+        number = torch.full((), self.step, dtype=torch.int64, device=device)
         for micro in range(accumulation):
             start = (micro * processes + self.accelerator.process_index) * share
             positions = torch.arange(start, start + share)
             latents, labels = self.data.batch_at(self.step, positions, device)
             seen.append(latents)
+            interval = self._interval_at(start)
+            timesteps, plan = self.plans[interval]
+            bounds = (torch.full((), bound, dtype=torch.int64, device=device) for bound in (timesteps.start, timesteps.stop))
+            batch = Batch(latents, labels, positions.to(device), Timesteps(*bounds), plan)
             with self.accelerator.accumulate(self.step_module):
-                loss, parts = self.step_module(latents, labels, positions.to(device), self.step)
+                loss, parts = self.step_module(batch, number)
                 self.accelerator.backward(loss)
+            drawn.append((interval, parts["loss"].float()))
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0.0) + value.float() / accumulation
-        norm = self._update(losses)
+        norm = self._update(losses, drawn)
         if self._skipped_in_a_row and not all(bool(torch.isfinite(latents).all()) for latents in seen):
             raise InputError(
                 f"{self.settings.feature_path} holds numbers that are not finite (met at step {self.step}); extract it again."
             )
         return norm
 
-    def _update(self, losses: Mapping[str, Tensor]) -> Tensor:
+    def _interval_at(self, position: int) -> int:
+        """The interval of `self.plans` from which the group of a position draws its timesteps at this step."""
+        if len(self.plans) == 1:
+            return 0
+        group = group_of(position, self.settings.global_batch_size, self.groups)
+        timestep = group_timestep(self.settings.seed, self.step, group, self.groups)
+        return interval_of([timesteps for timesteps, _ in self.plans], timestep)
+
+    def _update(self, losses: Mapping[str, Tensor], drawn: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Applies the accumulated gradients, unless they are not finite; then the average and the logged losses follow."""
         self.accelerator.unscale_gradients(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -204,6 +259,8 @@ class Trainer:
             self._summed += 1
             for name, value in losses.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
+            for interval, loss in drawn:
+                self._by_interval[:, interval] += torch.stack((loss, torch.ones_like(loss)))
         self._count_skipped(finite)
         self.step += 1
         return norm
@@ -239,7 +296,7 @@ class Trainer:
             means = torch.stack([self._sums[name] / self._summed for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
             averages = dict(zip(names, means.tolist(), strict=True))
-            values = {"loss": averages.pop("loss"), **averages}
+            values = {"loss": averages.pop("loss"), **averages, **self._averages_by_interval()}
         seconds = time.perf_counter() - self._started
         speed = (self.step - self._logged_step) / seconds
         if torch.isfinite(gradient_norm):  # JSON has no NaN; skipped_steps tells of it
@@ -252,8 +309,23 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
         }
         self._sums, self._summed = {}, 0
+        self._by_interval.zero_()
         self._started, self._logged_step = time.perf_counter(), self.step
         return values
+
+    def _averages_by_interval(self) -> dict[str, float]:
+        """Mean total loss of each interval that any process drew since the last call, where there are several intervals.
+
+        The processes draw different intervals, so their sums and counts are added before dividing.
+        """
+        if len(self.plans) == 1:
+            return {}
+        sums, counts = self.accelerator.reduce(self._by_interval, reduction="sum").tolist()
+        return {
+            f"loss_at_t/{timesteps.start}-{timesteps.stop - 1}": total / count
+            for (timesteps, _), total, count in zip(self.plans, sums, counts, strict=True)
+            if count
+        }
 
     # State -----------------------------------------------------------------------------------------------------------
 

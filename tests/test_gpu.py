@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from diffusion.gaussian import EpsilonObjective
+from diffusion.gaussian import EpsilonObjective, Timesteps
 from diffusion.schedule import NoiseSchedule
 from models import METHODS, Backbone, DiT, checkpoint_blocks, create_model
 from runtime.sampling import SamplingSettings, sample_latents
 from runtime.seeding import Keys, normal
-from runtime.training import TrainingStep
+from runtime.training import Batch, TrainingStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -64,8 +64,10 @@ def test_a_training_step_in_bf16_with_checkpointing_has_finite_gradients(method:
     checkpoint_blocks(network)
     step = TrainingStep(network, EpsilonObjective(NoiseSchedule.linear(), 5.0, learned_variance=True), seed=0)
     latents, _, labels = batch()
+    start, stop = torch.tensor([0, 1000], device="cuda")
+    part = Batch(latents, labels, torch.arange(8, device="cuda"), Timesteps(start, stop), network.plan(0))
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss, _ = step(latents, labels, torch.arange(8, device="cuda"), 0)
+        loss, _ = step(part, torch.tensor(0, device="cuda"))
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.requires_grad)

@@ -310,7 +310,7 @@ REFUSED = {
     "learn_sigma": ["--no-learn-sigma"],
     "model": ["--model", "DiT-64x8x4/2"],
     "method": ["--method", "dense"],
-    "sparse_grid": ["--sparse-grid", "1"],
+    "density": ["--density", "1"],
 }
 
 

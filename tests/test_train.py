@@ -106,24 +106,24 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
 
 
 def test_config_is_saved_beside_and_in_the_checkpoint(words: list[str], tmp_path: Path) -> None:
-    succeed("train", *words, "--sparse-grid", "1x2", "--max-steps", "1")
+    succeed("train", *words, "--density", "1x2", "--max-steps", "1")
     saved, header = json.loads((tmp_path / RUN / "config.json").read_text()), header_at(tmp_path / RUN)
     assert saved["settings"] == header["settings"]
     assert saved["settings"]["min_snr_gamma"] == 5.0  # the method's recipe
-    assert header["network"]["options"]["sparse_grid"] == [1, 2]
+    assert header["network"]["options"]["density"] == "1x2"
     assert header["samples_seen"] == 8
     network = described(header["network"])
-    assert network.options.sparse_grid == (1, 2)
+    assert network.options.density == "1x2"
 
 
 def test_precedence_is_recipe_then_yaml_then_flags(words: list[str], tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("lr: 1\n")
     assert call("train", *words, "--config", file).code == 2  # YAML knows the full names alone
-    file.write_text("learning_rate: 2e-4\nema-decay: 0.5\nmin_snr_gamma: none\noptions:\n  sparse_grid: [1, 2]\n")
+    file.write_text("learning_rate: 2e-4\nema-decay: 0.5\nmin_snr_gamma: none\noptions:\n  density: 1x2\n")
     chosen, options = settings.parse_training([*words, "--config", str(file), "--ema_decay", "0.75"])
     assert (chosen.learning_rate, chosen.ema_decay, chosen.min_snr_gamma) == (2e-4, 0.75, None)
-    assert options == {"sparse_grid": (1, 2)}
+    assert options == {"density": "1x2"}
 
 
 # What it learns ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LiteralRun
-from small_runs import QUICK, ROOT, SHORT, header_at, metrics, run, state_at, succeed, torchrun
+from small_runs import QUICK, ROOT, SHORT, call, header_at, metrics, run, state_at, succeed, torchrun
 from torch import Tensor
 
 from runtime import sampling
@@ -20,6 +21,8 @@ RATE, STEPS = 1e-4, 6
 TRAVELLED = RATE * STEPS
 """How far AdamW can move a weight in this training: about its rate a step."""
 
+DYNAMIC = ["--density", "4,3,2,1@0,150,500,750"]
+
 DRIVER = '''
 """Several trainings and samplings in one pair of processes: as they are, and each with one bug."""
 import os, signal, sys
@@ -27,14 +30,15 @@ import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import accelerate
 import train, sample_ddp
-from runtime import sampling
+from runtime import sampling, training as step_loop
 from runtime.seeding import Keys, normal
 from runtime.settings import parse_training
 from runtime.training import Trainer
 
 accelerate.Accelerator.end_training = lambda self: None  # the pair stays for the next training
 rank = int(os.environ["RANK"])
-flags, sampling_flags = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+first, second = (place for place, word in enumerate(sys.argv) if word == "--")
+flags, dynamic, sampling_flags = sys.argv[1:first], sys.argv[first + 1 : second], sys.argv[second + 1 :]
 
 
 def training(name, *more):
@@ -42,6 +46,14 @@ def training(name, *more):
 
 
 training("accumulated", "--gradient-accumulation", "2")
+training("dynamic", *dynamic)
+
+group_of = step_loop.group_of
+step_loop.group_of = lambda position, batch, groups: 0
+training("dynamic-not-turned", *dynamic)
+step_loop.group_of = lambda position, batch, groups: groups - 1 - group_of(position, batch, groups)
+training("dynamic-by-another-rank", *dynamic)
+step_loop.group_of = group_of
 
 process_index = accelerate.Accelerator.process_index
 accelerate.Accelerator.process_index = property(lambda self: 0)
@@ -89,11 +101,27 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, features: Path, pretra
 
 
 @pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory, features: Path, pretrained: Path) -> Path:
+    """A training with a token density, in one process and two micro-batches."""
+    results = tmp_path_factory.mktemp("dynamic")
+    succeed(
+        "train", *training_flags(features, pretrained, results), *DYNAMIC, "--gradient-accumulation", "2", "--run-name", "run"
+    )
+    return results / "run"
+
+
+@pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory, features: Path, pretrained: Path, one_process: Path) -> Path:
     """The folder in which DRIVER ran in two processes."""
     folder = tmp_path_factory.mktemp("variants")
     (folder / "driver.py").write_text(DRIVER)
-    words = [*training_flags(features, pretrained, folder), "--", *sampling_flags(one_process, folder / "rank-keyed")]
+    words = [
+        *training_flags(features, pretrained, folder),
+        "--",
+        *DYNAMIC,
+        "--",
+        *sampling_flags(one_process, folder / "rank-keyed"),
+    ]
     result = run(torchrun(2, "driver.py", ROOT, *words), folder)
     (folder / "outcome.json").write_text(json.dumps({"out": result.out, "err": result.err}))
     return folder
@@ -165,6 +193,32 @@ def test_accumulating_gradients_equals_both(variants: Path, one_process: Path, l
 @pytest.mark.parametrize("bug", ["same-positions", "not-synchronised"])
 def test_the_comparison_of_trainings_notices(bug: str, variants: Path, one_process: Path) -> None:
     assert_another_training(variants / bug, one_process)
+
+
+def test_token_counts_dealt_to_two_processes_are_those_of_two_micro_batches(variants: Path, dynamic: Path) -> None:
+    assert_equal_up_to_rounding(variants / "dynamic", dynamic)
+    assert header_at(variants / "dynamic")["settings"]["density_groups"] == 2
+    for ours, theirs in zip(metrics(variants / "dynamic"), metrics(dynamic), strict=True):
+        assert set(ours) == set(theirs)
+        for name in ("loss", *(name for name in ours if name.startswith("loss_at_t/"))):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert len({name for line in metrics(dynamic) for name in line if name.startswith("loss_at_t/")}) > 2
+
+
+def test_two_processes_go_on_as_two_micro_batches(
+    variants: Path, dynamic: Path, features: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(variants / "dynamic", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "0000006.safetensors").unlink()
+    words = [*training_flags(features, pretrained, tmp_path), *DYNAMIC, "--run-name", "run"]
+    assert "2 density groups cannot be dealt to 1 processes x 1" in call("train", *words).err
+    assert "at step 4" in succeed("train", *words, "--gradient-accumulation", "2").out
+    assert_equal_up_to_rounding(tmp_path / "run", dynamic)
+
+
+@pytest.mark.parametrize("bug", ["dynamic-not-turned", "dynamic-by-another-rank"])
+def test_the_comparison_of_token_counts_notices(bug: str, variants: Path, dynamic: Path) -> None:
+    assert_another_training(variants / bug, dynamic)
 
 
 def test_sigterm_that_reaches_the_processes_in_different_steps_saves(variants: Path) -> None:

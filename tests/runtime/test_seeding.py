@@ -90,6 +90,19 @@ def test_a_longer_draw_begins_with_the_shorter_one(draw: Callable[..., Tensor]) 
 
 
 @every_draw
+def test_a_step_in_a_tensor_draws_the_same(draw: Callable[..., Tensor]) -> None:
+    for step in (0, 7, 2**31 + 5):
+        named = Keys(3, torch.tensor(step), torch.arange(4))
+        assert torch.equal(draw(named, "noise", (3,)), draw(keys(range(4), seed=3, step=step), "noise", (3,)))
+        assert torch.equal(draw(named.on(torch.device("cpu")), "noise", (3,)), draw(named, "noise", (3,)))
+
+
+def test_a_bound_in_a_tensor_draws_the_same() -> None:
+    for high in (1, 7, 1000, 2**31):
+        assert torch.equal(integers(keys(range(50)), "i", torch.tensor(high)), integers(keys(range(50)), "i", high))
+
+
+@every_draw
 def test_drawing_leaves_global_generators_alone(draw: Callable[..., Tensor]) -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()  # noqa: NPY002
     first = draw(keys(range(3)), "noise", (5,))
@@ -261,7 +274,7 @@ def test_every_bit_of_the_key_counts(key: int, monkeypatch: pytest.MonkeyPatch) 
     """A key above 2**63 in a Python list reaches numpy as a float64, which forgets its last eleven bits."""
 
     def order(value: int) -> list[int]:
-        monkeypatch.setattr(seeding, "_key", lambda seed, purpose: (value & 0xFFFFFFFF, value >> 32))
+        monkeypatch.setattr(seeding, "key_words", lambda seed, purpose: (value & 0xFFFFFFFF, value >> 32))
         return permutation(0, "order", 1, 100).tolist()
 
     assert len({tuple(order(value)) for value in (key, key - 1, key - 200)}) == 3

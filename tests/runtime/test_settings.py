@@ -61,12 +61,12 @@ def test_flags_win_over_yaml_over_the_recipe_over_defaults(
 
 
 def test_options_of_the_method_come_from_yaml_and_flags(tmp_path: Path) -> None:
-    content = "model: DiT-T/2\noptions:\n  sparse-grid: 8x4\n  top_blocks: 1\n"
+    content = "model: DiT-T/2\noptions:\n  sparse-grid: [8, 4]\n  top_blocks: 1\n"
     _, options = parse_training(["--config", yaml_file(tmp_path, content), "--top_blocks", "3", "--readd-position"])
-    assert options == {"sparse_grid": (8, 4), "top_blocks": 3, "readd_position": True}
+    assert options == {"density": "8x4", "top_blocks": 3, "readd_position": True}
     assert parse_training(["--module-blocks", "1,3,1,1", "--sparse-grid", "8"])[1] == {
         "module_blocks": (1, 3, 1, 1),
-        "sparse_grid": (8,),
+        "density": "8",
     }
     assert parse_training(["--config", yaml_file(tmp_path, "options:\n")])[1] == {}
 
@@ -87,15 +87,15 @@ def test_other_names_of_flags() -> None:
     [
         ("learning_rat: 1", ["run.yaml: unknown key 'learning_rat'", "did you mean 'learning_rate'?"]),
         ("option: {}", ["unknown key 'option'", "did you mean 'options'?"]),
-        ("options: {sparse_gird: 8}", ["run.yaml: options: unknown key 'sparse_gird'", "did you mean 'sparse_grid'?"]),
+        ("options: {densty: 8}", ["run.yaml: options: unknown key 'densty'", "did you mean 'density'?"]),
         ("options: [8]", ["run.yaml: options must be a group"]),
-        ("options: {sparse_grid: a}", ["run.yaml: options: sparse_grid must be a whole number, not 'a'"]),
+        ("options: {top_blocks: a}", ["run.yaml: options: top_blocks must be a whole number, not 'a'"]),
         ("seed: 1.5", ["run.yaml: seed must be a whole number, not 1.5"]),
         ("learning_rate_schedule: cosinus", ["run.yaml: learning_rate_schedule is 'cosinus'", "did you mean 'cosine'?"]),
         ("method: sparsdit", ["'sparsdit'", "did you mean 'sparsedit'?"]),
         ("method:", ["method"]),
         ("method: [dense]", ["method"]),
-        ("method: dense\noptions: {sparse_grid: 8}", ["options", "'sparse_grid'"]),
+        ("method: dense\noptions: {density: 8}", ["options", "'density'"]),
     ],
 )
 def test_wrong_yaml_is_answered_in_one_sentence(content: str, words: list[str], tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_wrong_yaml_is_answered_in_one_sentence(content: str, words: list[str], 
         (["--method", "dens"], ["--method 'dens' is not known", "did you mean 'dense'?"]),
         (["--config", "no.yaml"], ["no.yaml: no such configuration file"]),
         (["--config"], ["--config"]),
-        (["--method", "dense", "--sparse-grid", "8"], ["--sparse-grid"]),
+        (["--method", "dense", "--density", "8"], ["--density"]),
         (["--seed", "x"], ["command line: seed must be a whole number, not 'x'"]),
         (["--learning-rate-schedule", "linear"], ["choose from constant, cosine"]),
         (["--ema"], ["unknown argument '--ema'"]),
@@ -124,7 +124,15 @@ def test_wrong_flags_are_answered_in_one_sentence(flags: list[str], words: list[
 
 
 def impossible() -> list[tuple[str, str]]:
-    positive = ("image_size", "global_batch_size", "gradient_accumulation", "log_every", "checkpoint_every", "keep_checkpoints")
+    positive = (
+        "image_size",
+        "global_batch_size",
+        "gradient_accumulation",
+        "density_groups",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    )
     zero = [(name, "0") for name in positive]
     shares = [(name, value) for name in ("label_drop", "ema_decay") for value in ("-0.1", "1.1", "nan")]
     rates = [("learning_rate", value) for value in ("0", "-1e-4", "nan", "inf")]
@@ -157,7 +165,7 @@ def test_help_lists_every_setting_and_the_methods_options(method: str, capsys: p
         shown = capsys.readouterr().out
         for field in (*fields(TrainingSettings), *fields(METHODS[method].options_type)):
             assert f"--{field.name.replace('_', '-')}" in shown
-        assert ("--sparse-grid" in shown) == (method == "sparsedit")
+        assert ("--density " in shown) == (method == "sparsedit")
 
 
 def test_every_field_has_a_help_text() -> None:
@@ -206,3 +214,6 @@ def test_a_checkpoint_from_before_a_setting_existed() -> None:
     saved = to_mapping(TrainingSettings())
     del saved["weight_decay"]
     assert changed(saved, TrainingSettings()) == []
+    del saved["density_groups"]  # then all timesteps had one token count: one group
+    assert changed(saved, TrainingSettings(density_groups=1)) == []
+    assert changed(saved, TrainingSettings(density_groups=4)) == ["density_groups (1, not 4)"]

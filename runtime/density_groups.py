@@ -1,0 +1,51 @@
+"""Density groups: which timesteps the parts of a training batch hold, where token counts differ between timesteps.
+
+What one process computes at once has one token count, so its timesteps come from one interval of the token density. The global
+batch is cut into groups of equal size, contiguous positions each; a group draws one timestep t, and all its samples draw theirs
+within the interval that holds t. The groups of a step take t by systematic sampling (Cochran 1977, "Sampling techniques",
+chapter 8): one uniform offset for all, turned by the group's share of the range. Hence every group draws an interval with a
+probability of exactly its length / 1000, every sample's timestep is uniform over all 1000, and the groups of one step spread
+over the intervals as evenly as whole numbers allow. A group follows from the place in the global batch, not from the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from models.token_density import TIMESTEPS
+from runtime.config import InputError
+from runtime.seeding import Keys, integers
+
+
+def check_groups(groups: int, processes: int, accumulation: int) -> None:
+    """InputError where some process would hold parts of two groups in one pass."""
+    shares = processes * accumulation
+    if groups < 1 or shares % groups:
+        raise InputError(
+            f"{groups} density groups cannot be dealt to {processes} processes x {accumulation} accumulation steps; choose "
+            f"--gradient-accumulation so that the product is a multiple of {groups}, or for a new run a --density-groups "
+            f"that divides {shares}."
+        )
+
+
+def group_of(position: int, batch: int, groups: int) -> int:
+    """The group of a position in a global batch of `batch` samples."""
+    return position * groups // batch
+
+
+def group_timestep(seed: int, step: int, group: int, groups: int) -> int:
+    """The timestep, 0 .. 999, whose interval is that of `group` at `step`; uniform for each group."""
+    keys = Keys(seed, step, torch.zeros(1, dtype=torch.int64))  # one for all groups
+    return turned(int(integers(keys, "density groups", TIMESTEPS)), group, groups)
+
+
+def turned(offset: int, group: int, groups: int) -> int:
+    """The timestep of `group` where that of the first group is `offset`."""
+    return (offset + group * TIMESTEPS // groups) % TIMESTEPS
+
+
+def interval_of(intervals: Sequence[range], timestep: int) -> int:
+    """The place of the interval that holds a timestep."""
+    return next(place for place, timesteps in enumerate(intervals) if timestep in timesteps)
