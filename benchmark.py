@@ -3,6 +3,7 @@
 python benchmark.py forward --model DiT-XL/2 --image-size 512
 python benchmark.py data
 python benchmark.py pack --count 20000 --image-size 256
+python benchmark.py density --seeds 5        (a command of its own: benchmark.py density --help)
 python benchmark.py eval
 python benchmark.py eval --only network --weights classify_image_graph_def.pb --batch-size 64
 """
@@ -10,15 +11,19 @@ python benchmark.py eval --only network --weights classify_image_graph_def.pb --
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
-from benchmarks import data_loading, evaluation, forward, packing
+from benchmarks import data_loading, density, evaluation, forward, packing
 from models import METHODS
-from runtime.config import ArgumentParser, InputError, coerce, run_script
+from runtime.config import ArgumentParser, InputError, run_script
 from runtime.files import write_json
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["density"]:
+        density.main(sys.argv[2:])
+        return
     chosen = parse()
     measure, show = {
         "forward": (measure_forward, forward.show),
@@ -43,7 +48,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("what", choices=("forward", "data", "pack", "eval"), help=meanings)
     parser.add_argument("--model", default="DiT-XL/2", help="backbone (forward; default: DiT-XL/2)")
     parser.add_argument("--method", default="sparsedit", choices=list(METHODS), help="candidate (forward; default: sparsedit)")
-    parser.add_argument("--sparse-grid", help="sparse tokens, as 8 or 8x8 (forward; default: the method's)")
+    density = "sparse tokens, as train.py --density (forward; default: the method's)"
+    parser.add_argument("--density", "--sparse-grid", metavar="TEXT", help=density)
+    timestep = "whose tokens are kept, 0 clean to 999 noise (forward; default: 0)"
+    parser.add_argument("--timestep", type=int, default=0, metavar="N", help=timestep)
     parser.add_argument("--image-size", type=int, help="picture side (forward; default: 512; data, pack, eval: 256)")
     parser.add_argument("--batch-size", type=int, help="pictures per pass (forward; default: 1; eval: 64)")
     counted = "pictures (pack; default: 20000), features (data; default: 4096) or vectors a side (eval; default: 10000)"
@@ -63,10 +71,9 @@ def parse() -> argparse.Namespace:
 
 
 def measure_forward(chosen: argparse.Namespace) -> dict[str, Any]:
-    grid = coerce(chosen.sparse_grid, tuple[int, ...], "--sparse-grid") if chosen.sparse_grid else None
-    options = {"sparse_grid": grid} if grid else {}
-    side = (chosen.image_size or 512) // 8
-    return forward.measure(chosen.model, chosen.method, options, side, chosen.batch_size or 1, chosen.rounds or 5)
+    options = {} if chosen.density is None else {"density": chosen.density}
+    side, batch, rounds = (chosen.image_size or 512) // 8, chosen.batch_size or 1, chosen.rounds or 5
+    return forward.measure(chosen.model, chosen.method, options, side, batch, rounds, chosen.timestep)
 
 
 def measure_data(chosen: argparse.Namespace) -> dict[str, Any]:

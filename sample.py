@@ -17,7 +17,6 @@ from data.latents import load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, nearest, option, run_script
 from runtime.distributed import make_state, set_numerics
 from runtime.files import atomic_write, check_new_file
-from runtime.networks import summary
 from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_pictures
 
 IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
@@ -48,8 +47,9 @@ def sample(settings: GridSettings) -> None:
     chosen = choose_classes(settings.class_labels, names, num_classes)
     device = make_state().device
     set_numerics(settings.tf32)
-    codec, network = load_codec(spec, device), checkpoint.build().network.to(device)
-    print(f"{checkpoint.weights.origin}\n{summary(network, checkpoint.model)}", flush=True)
+    codec, checkpoint = load_codec(spec, device), checkpoint.build()
+    network = checkpoint.network.to(device)
+    print("\n".join(checkpoint.lines(settings.num_sampling_steps)), flush=True)
     labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])
     pictures = []
     for start in range(0, len(labels), settings.batch_size):

@@ -22,10 +22,13 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from data.latents import CodecSpec, load_codec
+from diffusion.schedule import NoiseSchedule
+from models import DiT
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
+from runtime.density_report import draw_density
 from runtime.distributed import make_state, set_numerics
 from runtime.files import check_new_file, check_writable, lock, sha256, write_json
-from runtime.networks import method_name, summary
+from runtime.networks import blueprint, mean_gmacs, method_name
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
 from runtime.sampling import (
     Checkpoint,
@@ -72,8 +75,10 @@ def sample(settings: SampleSettings) -> None:
         check_writable(target, "--sample-dir")
         check_new_file(f"{target}.npz", "--sample-dir")
         held = lock(target, f"{target} is being filled by another process; wait for it, or give another --sample-name.")
-        begin(target, protocol(settings, checkpoint, spec, state.device))
-        print(f"{checkpoint.weights.origin}\n{summary(checkpoint.network, checkpoint.model)}")
+        begin(target, protocol(settings, checkpoint, spec, state.device), network)
+        print("\n".join(checkpoint.lines(settings.num_sampling_steps)))
+        if len(network.training_plans()) > 1:
+            draw_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
         print(
             f"{settings.num_fid_samples} pictures of {checkpoint.image_size} x {checkpoint.image_size} into {target}",
             flush=True,
@@ -129,20 +134,28 @@ def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
         f"{checkpoint.model.replace('/', '-')}-{method}-{step}-size-{checkpoint.image_size}-cfg-{settings.cfg_scale}"
         f"-{settings.sampler}-{settings.num_sampling_steps}-seed-{settings.seed}"
     )
+    if checkpoint.trained_density is not None:
+        name += f"-density-{checkpoint.network.density}"
     return re.sub(r"[^\w.-]+", "-", name)
 
 
 def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, device: torch.device) -> dict[str, Any]:
     """Everything a score must name to be reproduced."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    packages = ("torch", "diffusers", "numpy", "pillow")
+    packages, network = ("torch", "diffusers", "numpy", "pillow"), checkpoint.network
+    sampled = density_text(network)
     return {
-        "method": method_name(checkpoint.network),
+        "method": method_name(network),
         "model": checkpoint.model,
-        "options": to_mapping(checkpoint.network.options),
-        "gmacs_per_pass": checkpoint.network.macs() / 1e9,
+        "options": to_mapping(network.options),
+        "density": {
+            "sampled": sampled,
+            "trained": checkpoint.trained_density or sampled,
+            "note": checkpoint.density_note,
+        },
+        "gmacs_per_pass": mean_gmacs(network, NoiseSchedule.linear().respaced(settings.num_sampling_steps).timesteps),
         "image_size": checkpoint.image_size,
-        "num_classes": checkpoint.network.backbone.num_classes,
+        "num_classes": network.backbone.num_classes,
         "checkpoint": {"path": checkpoint.path, "sha256": hash_of(checkpoint.path), "step": checkpoint.step},
         "weights": checkpoint.kind,
         "guidance": {"scale": settings.cfg_scale, "channels": settings.guidance_channels},
@@ -159,29 +172,28 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
     }
 
 
+def density_text(network: DiT) -> str | None:
+    return None if network.density is None else str(network.density)
+
+
 def hash_of(path: str) -> str | None:
     """SHA-256 of a checkpoint file; None for folders and hub ids, whose versions the hub names."""
     return sha256(path) if Path(path).is_file() else None
 
 
-def begin(target: Path, record: Mapping[str, Any]) -> None:
+def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
     """Writes the protocol record, or checks that the pictures already there were made by the same protocol."""
-    for folder, name in ((target, ""), (target.parent, f"{target.name}.npz.")):
+    for folder, name in ((target, ""), *((target.parent, f"{target.name}.{kind}.") for kind in ("npz", "density.png"))):
         for leftover in folder.glob(f".{name}*.partial"):
             leftover.unlink()  # what a killed process left half written
     existing = target / PROTOCOL
     if existing.exists():
         try:
-            before = json.loads(existing.read_text(encoding="utf-8"))
-            origin = identity(before["checkpoint"])
-        except (OSError, ValueError, KeyError, TypeError):
+            before = identity(upgraded(json.loads(existing.read_text(encoding="utf-8")), network))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{existing} is damaged, so nobody knows how the pictures beside it were made; delete {target}, "
                              "or give another --sample-name.") from None  # fmt: skip
-        # A larger count extends a set, and machine and versions are for the reader to judge.
-        same = [key for key in record if key not in ("device", "versions", "count", "checkpoint")]
-        differ = [key for key in same if before.get(key) != record[key]]
-        if origin != identity(record["checkpoint"]):
-            differ.append("checkpoint")
+        differ = [key for key, value in identity(record).items() if before.get(key) != value]
         if differ:
             raise InputError(f"{target} holds pictures made with another {', '.join(differ)}; give another --sample-name or "
                              "--sample-dir, or delete them.")  # fmt: skip
@@ -192,9 +204,28 @@ def begin(target: Path, record: Mapping[str, Any]) -> None:
     write_json(Path(f"{target}.json"), record)
 
 
-def identity(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What tells checkpoints apart: the file's hash and step, wherever it lies; the path where there is no hash."""
-    return checkpoint["sha256"] or checkpoint["path"], checkpoint["step"]
+def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
+    """A record from before token density in today's terms: its options by today's names, sampled as trained."""
+    if "density" in record:
+        return record
+    try:
+        plan = blueprint(record["method"], network.backbone, record["options"])
+        options, density = to_mapping(plan.options), density_text(plan)
+    except InputError:  # of another network, as the comparison will say
+        options, density = record["options"], None
+    return {**record, "options": options, "density": {"sampled": density, "trained": density}}
+
+
+def identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pictures of one set have in common.
+
+    A larger count extends a set, machine and versions are for the reader to judge, and costs follow from the rest. A checkpoint
+    is its hash and step, wherever it lies, or the path where there is no hash.
+    """
+    kept = {key: record[key] for key in record if key not in ("device", "versions", "count", "gmacs_per_pass")}
+    checkpoint, density = record["checkpoint"], record["density"]
+    origin = checkpoint["sha256"] or checkpoint["path"], checkpoint["step"]
+    return {**kept, "density": (density["sampled"], density["trained"]), "checkpoint": origin}
 
 
 def main() -> None:

@@ -9,11 +9,20 @@ import torch
 
 from benchmarks.timing import interleaved
 from models import METHODS, Backbone, create_model
+from models.token_density import TIMESTEPS
+from runtime.config import InputError
 
 
 @torch.inference_mode()
-def measure(model: str, method: str, options: Mapping[str, Any], latent_side: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Seconds per forward pass of the dense backbone and of `method`, float32, eager; their ratio beside that of the MACs."""
+def measure(
+    model: str, method: str, options: Mapping[str, Any], latent_side: int, batch: int, rounds: int, timestep: int
+) -> dict[str, Any]:
+    """Seconds per forward pass of the dense backbone and of `method`, float32, eager; their ratio beside that of the MACs.
+
+    Both run the plan of the original `timestep`, 0 .. 999, on which the tokens of a varying density depend.
+    """
+    if not 0 <= timestep < TIMESTEPS:
+        raise InputError(f"--timestep is {timestep}; give one of 0 to {TIMESTEPS - 1}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = Backbone.named(model, (latent_side, latent_side))
     dense = next(iter(METHODS))
@@ -21,16 +30,18 @@ def measure(model: str, method: str, options: Mapping[str, Any], latent_side: in
         chosen = {dense: {}, method: options}
         networks = {name: create_model(name, backbone, given).eval() for name, given in chosen.items()}
         x = torch.randn(batch, backbone.in_channels, latent_side, latent_side)
-        t, y = torch.randint(0, 1000, (batch,)), torch.randint(0, backbone.num_classes, (batch,))
-    runs = {name: (lambda network=network: network(x, t, y)) for name, network in networks.items()}
+        t, y = torch.full((batch,), timestep), torch.randint(0, backbone.num_classes, (batch,))
+    plans = {name: network.plan(timestep) for name, network in networks.items()}
+    gmacs = {name: network.macs(plans[name]) / 1e9 for name, network in networks.items()}
+    runs = {name: (lambda network=network, plan=plans[name]: network(x, t, y, plan)) for name, network in networks.items()}
     timings = interleaved(runs, rounds)
     rows = {
         name: {
             "seconds": timing.median,
             "fastest": timing.fastest,
             "slowest": timing.slowest,
-            "gmacs": networks[name].macs() / 1e9,
-            "gflops_per_second": 2 * batch * networks[name].macs() / 1e9 / timing.median,
+            "gmacs": gmacs[name],
+            "gflops_per_second": 2 * batch * gmacs[name] / timing.median,
         }
         for name, timing in timings.items()
     }
@@ -39,18 +50,20 @@ def measure(model: str, method: str, options: Mapping[str, Any], latent_side: in
         "model": model,
         "latent_side": latent_side,
         "batch": batch,
+        "timestep": timestep,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "rounds": rounds,
         "rows": rows,
         "time_ratio": timings[method].median / timings[dense].median,
-        "macs_ratio": networks[method].macs() / networks[dense].macs(),
+        "macs_ratio": gmacs[method] / gmacs[dense],
     }
 
 
 def show(result: Mapping[str, Any]) -> str:
     """The result as a table."""
-    lines = [f"{result['model']}, latents {result['latent_side']}, batch {result['batch']}, {result['device']}"]
+    lines = [f"{result['model']}, latents {result['latent_side']}, batch {result['batch']}, timestep {result['timestep']}, "
+             f"{result['device']}"]  # fmt: skip
     lines.append(f"{'network':<12}{'seconds':>10}{'fastest':>10}{'slowest':>10}{'GMACs':>10}{'GFLOP/s':>10}")
     for name, row in result["rows"].items():
         lines.append(f"{name:<12}{row['seconds']:>10.4f}{row['fastest']:>10.4f}{row['slowest']:>10.4f}{row['gmacs']:>10.2f}"

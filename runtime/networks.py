@@ -6,13 +6,15 @@ anything large is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models import METHODS, Backbone, DiT, create_model
+from models.token_density import TIMESTEPS
 from models.weights import LABEL_TABLE, LoadingPlan, from_diffusers, identify, load, plan_loading, strip_prefixes
 from runtime.checkpoint import Weights
 from runtime.config import InputError, to_mapping
@@ -39,6 +41,15 @@ def described(description: Mapping[str, Any]) -> DiT:
     """The blueprint of what `describe` described."""
     backbone = {**description["backbone"], "latent_size": tuple(description["backbone"]["latent_size"])}
     return blueprint(description["method"], Backbone(**backbone), description["options"])
+
+
+def with_density(plan: DiT, density: str) -> DiT:
+    """The blueprint with another token density: weights do not depend on it. InputError where the method has none."""
+    if not hasattr(plan.options, "density"):
+        raise InputError(f"--density {density}: a network of --method {method_name(plan)} has no token density to choose; "
+                         "leave the flag out, or give a checkpoint of another method.")  # fmt: skip
+    with torch.device("meta"):
+        return type(plan)(plan.backbone, replace(plan.options, density=density))
 
 
 def method_name(network: DiT) -> str:
@@ -104,15 +115,25 @@ def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> Di
         raise InputError(f"{weights.origin} {hint}: {error}") from None
 
 
+def dense_blueprint(network: DiT) -> DiT:
+    """The dense network on the same backbone, which costs are compared with."""
+    return blueprint(next(iter(METHODS)), network.backbone, {})
+
+
+def mean_gmacs(network: DiT, timesteps: Sequence[int] = range(TIMESTEPS)) -> float:
+    """Billions of multiply-accumulates of one image and pass, the mean over the steps at the original `timesteps`."""
+    return network.mean_macs(timesteps) / 1e9
+
+
 def summary(network: DiT, model: str) -> str:
     """One line: method, backbone, parameters, and multiply-accumulates against the dense backbone."""
-    dense = blueprint(next(iter(METHODS)), network.backbone, {})
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    macs, whole = network.macs(), dense.macs()
+    gmacs, dense = mean_gmacs(network), mean_gmacs(dense_blueprint(network))
+    mean = "" if len(network.training_plans()) == 1 else ", the mean over timesteps"
     options = ", ".join(f"{name} {_short(value)}" for name, value in to_mapping(network.options).items() if value is not False)
     return (
-        f"{method_name(network)} {model}, {parameters:,} parameters, {macs / 1e9:.4g} GMACs per image and pass "
-        f"({macs / whole:.1%} of the dense backbone's {whole / 1e9:.4g})" + (f"; {options}" if options else "")
+        f"{method_name(network)} {model}, {parameters:,} parameters, {gmacs:.4g} GMACs per image and pass{mean} "
+        f"({gmacs / dense:.1%} of the dense backbone's {dense:.4g})" + (f"; {options}" if options else "")
     )
 
 

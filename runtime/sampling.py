@@ -20,9 +20,11 @@ from diffusion.guidance import classifier_free_guidance
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT
+from models.token_density import TIMESTEPS
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
-from runtime.networks import build_with, canonical, described, fit_weights, method_name, recognized
+from runtime.density_report import density_lines
+from runtime.networks import build_with, canonical, described, fit_weights, method_name, recognized, summary, with_density
 from runtime.seeding import Keys, integers, normal
 
 DECODED_AT_ONCE = 8
@@ -48,6 +50,9 @@ class CheckpointSettings(SamplingSettings):
     ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
     results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
     weights: Literal["ema", "raw"] = option("ema", "averaged or raw weights")
+    density: str | None = option(
+        None, "sample under another token density than trained with, as train.py --density; none: the checkpoint's"
+    )
     num_classes: int | None = option(None, "checked against the checkpoint, which knows")
     vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")
     seed: int = option(0, "names every draw: the same seed gives the same pictures", flags=("--global-seed",))
@@ -67,6 +72,27 @@ class Checkpoint:
     classes: Sequence[str] | None
     step: int | None
     kind: str  # "ema" or "raw"; "released" where the file does not say
+    trained_density: str | None = None  # where the network is sampled under another token density than trained with
+
+    def under_density(self, density: str) -> Checkpoint:
+        """The same weights under a token density, unchanged where that keeps the same tokens at every timestep.
+
+        InputError where the method has none or the map has fewer tokens. No weight's shape depends on a density.
+        """
+        other, there = with_density(self.network, density), self.network
+        if all(other.plan(t) == there.plan(t) for t in range(TIMESTEPS)):
+            return self
+        return replace(self, network=other, trained_density=str(there.density))
+
+    @property
+    def density_note(self) -> str | None:
+        """One sentence where the network is sampled under another token density than it was trained with."""
+        if self.trained_density is None:
+            return None
+        trained = f"trained with {self.trained_density}"
+        if self.weights.header is None:
+            trained = f"of weights that do not say theirs (their authors trained with {self.trained_density})"
+        return f"Sampled under token density {self.network.density}, {trained}: scores are of this combination."
 
     def build(self) -> Checkpoint:
         """The same with its weights in a network on the CPU."""
@@ -75,6 +101,16 @@ class Checkpoint:
             print(f"{self.path}: {line}", flush=True)
         origin_alone = replace(self.weights, state={})  # the tensors are in the network now
         return replace(self, network=network.eval().requires_grad_(False), weights=origin_alone)
+
+    def lines(self, steps: str) -> list[str]:
+        """What is printed before sampling with the respaced `steps`: origin, network, density and its costs."""
+        note = [] if self.density_note is None else [self.density_note]
+        return [
+            self.weights.origin,
+            summary(self.network, self.model),
+            *density_lines(self.network, self.model, steps),
+            *note,
+        ]
 
     def check_codec(self, spec: CodecSpec) -> None:
         """InputError unless the codec decodes this network's latents to pictures of its size."""
@@ -102,6 +138,8 @@ def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint
         raise InputError(
             f"{path} holds a network of --method {method}, not {settings.method}; leave the flag out or correct it."
         )
+    if settings.density is not None:
+        checkpoint = checkpoint.under_density(settings.density)
     if settings.weights == "raw" and checkpoint.kind != "raw":
         raise InputError(f"{path} holds {checkpoint.kind} weights alone, no raw ones; leave out --weights raw.")
     spec = asked_codec or (CodecSpec(**checkpoint.codec) if checkpoint.codec else resolve_codec("ema"))

@@ -101,8 +101,9 @@ def test_help_of_export() -> None:
 
 
 def test_help_shows_the_flags_of_the_method() -> None:
-    assert "--sparse-grid" in call("train", "--help").out
-    assert "--sparse-grid" not in call("train", "--method", "dense", "--help").out
+    for flag in ("--density TEXT", "--sparse-grid TEXT"):  # the older name of the same
+        assert flag in call("train", "--help").out
+        assert flag not in call("train", "--method", "dense", "--help").out
 
 
 # Wrong inputs --------------------------------------------------------------------------------------------------------
@@ -166,6 +167,7 @@ WRONG_FLAGS = {
     "label drop": (["--label-drop", "1.5"], ["--label-drop", "1.5"]),
     "sampling steps": (["--sample-steps", "ddim"], ["ddim"]),
     "sparse grid": (["--sparse-grid", "5"], ["5x5", "4x4"]),
+    "density": (["--density", "4,2@0,1000"], ["4,2@0,1000", "below 1000"]),
     "split": (["--modules", "2"], ["14 blocks", "8"]),
     "missing features": (["--feature-path", "nothing here"], ["nothing here", "extract_features.py"]),
     "wrong latent size": (["--image-size", "32"], ["--image-size is 32", "--image-size 64"]),
@@ -192,7 +194,7 @@ def test_wrong_flags_are_refused(case: str, good: list[str], tmp_path: Path, mon
 
 WRONG_YAML = {
     "unknown key": ("gloabl_batch_size: 4\n", ["gloabl_batch_size", "'global_batch_size'"]),
-    "unknown option": ("options:\n  sparse_gird: 2\n", ["sparse_gird", "'sparse_grid'"]),
+    "unknown option": ("options:\n  densiyt: 2\n", ["densiyt", "'density'"]),
     "unknown method": ("method: sparsdit\n", ["sparsdit", "'sparsedit'"]),
     "method that is a number": ("method: 3\n", ["3", "sparsedit"]),
     "method that is a list": ("method: [dense]\n", ["method"]),
@@ -313,6 +315,8 @@ WRONG_SAMPLING = {
     "text": (["--ckpt", "TEXT", "--model", "DiT-T/2", "--image-size", "64"], ["text.pt"]),
     "missing": (["--ckpt", "nothing.pt"], ["nothing.pt"]),
     "steps": (["--ckpt", "CHECKPOINT", "--num-sampling-steps", "2000"], ["2000"]),
+    "density that is none": (["--ckpt", "CHECKPOINT", "--density", "few"], ["'few'", "0.61:0.86"]),
+    "density too large": (["--ckpt", "CHECKPOINT", "--density", "9"], ["9x9", "4x4"]),
     "count": (["--ckpt", "CHECKPOINT", "--num-fid-samples", "0"], ["--num-fid-samples"]),
     "unknown flag": (["--per-proc-batchsize", "4"], ["--per-proc-batchsize", "'--per-proc-batch-size'"]),
     "samples into a file": (["--ckpt", "CHECKPOINT", "--sample-dir", "text.pt"], ["text.pt"]),

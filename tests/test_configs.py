@@ -11,6 +11,7 @@ from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT
 from runtime.config import InputError, load_yaml
+from runtime.density_report import PUBLISHED, published_row
 from runtime.networks import blueprint
 from runtime.settings import TrainingSettings, parse_training
 
@@ -25,6 +26,15 @@ PUBLISHED_PARAMETERS = {
     ("sparsedit", 512): 681_327_392,
 }
 """Of DiT-XL/2, by method and picture size: the released checkpoints."""
+
+
+DENSITIES = {
+    "sparsedit-xl-2-256-r44-61": ([12, 11, 10], 82.91),
+    "sparsedit-xl-2-256-r61-86": ([10, 9, 8, 7, 6], 69.04),
+    "sparsedit-xl-2-512-r61-86": ([20, 19, 18, 17, 16, 15, 14, 13, 12], 292.57),
+    "sparsedit-xl-2-512-r90-96": ([10, 9, 8, 7, 6], 227.30),
+}
+"""Of the paper's rows with varying density: the sides of the grids from clean to noise, and our mean GMACs."""
 
 
 def network(path: Path) -> tuple[TrainingSettings, DiT]:
@@ -63,13 +73,37 @@ def test_published_configs_hold_the_published_recipe(path: Path) -> None:
     settings, plan = network(path)
     if settings.model != "DiT-XL/2":
         pytest.skip("a config of ours, not a published run")
-    expected = PUBLISHED_PARAMETERS[settings.method, settings.image_size]
-    assert sum(parameter.numel() for parameter in plan.parameters()) == expected
+    if path.stem not in DENSITIES:  # no weights of these were published
+        expected = PUBLISHED_PARAMETERS[settings.method, settings.image_size]
+        assert sum(parameter.numel() for parameter in plan.parameters()) == expected
+        assert len(plan.training_plans()) == 1
     assert (settings.global_batch_size, settings.learning_rate, settings.weight_decay) == (256, 1e-4, 0.0)
     assert (settings.ema_decay, settings.label_drop) == (0.9999, 0.1)
     assert settings.min_snr_gamma == (5.0 if settings.method == "sparsedit" else None)
-    if settings.method == "sparsedit":
+    if settings.method == "sparsedit" and path.stem not in DENSITIES:
         assert plan.plan(0).signature == ("sparse grid", 8, 8)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_rows_of_varying_density(name: str) -> None:
+    """Each holds the paper's split and schedule, and says the paper's GMACs and ours."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    settings, plan = network(path)
+    sides, gmacs = DENSITIES[name]
+    assert plan.density is not None
+    assert plan.density.grids == tuple((side, side) for side in sides)
+    assert plan.mean_macs() / 1e9 == pytest.approx(gmacs, abs=0.005)
+    row = published_row(plan, settings.model)
+    assert row is not None
+    assert name.endswith(f"{row.image_size}-r{row.rates.replace('0.', '').replace(':', '-')}")
+    said = path.read_text(encoding="utf-8")
+    assert f"the paper prints {row.gmacs:g} (dense: {row.dense_gmacs:g}), here the mean over timesteps is {gmacs:.2f}" in said
+    assert settings.max_steps == 400_000
+
+
+def test_every_published_row_has_a_file() -> None:
+    rows = {published_row(plan, settings.model) for settings, plan in map(network, CONFIGS)}
+    assert rows == {None, *PUBLISHED}
 
 
 @every_config

@@ -364,6 +364,7 @@ BAD_GRIDS = {
     "no columns": (["--columns", "0"], "--columns"),
     "no checkpoint": (["--ckpt", "nothing.pt"], "nothing.pt"),
     "steps": (["--num-sampling-steps", "many"], "many"),
+    "density": (["--density", "5"], "4x4"),
     "another size": (["--image-size", "16"], "--image-size 8"),
     "another model": (["--model", "DiT-S/2"], "--model DiT-T/2"),
     "codec that does not fit": (["--vae", "taesd"], "taesd"),

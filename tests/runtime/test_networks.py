@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,18 @@ import torch
 from models import METHODS, Backbone
 from runtime.checkpoint import Weights
 from runtime.config import InputError
-from runtime.networks import blueprint, build, build_with, describe, described, fit_weights, method_name, recognized, summary
+from runtime.networks import (
+    blueprint,
+    build,
+    build_with,
+    describe,
+    described,
+    fit_weights,
+    method_name,
+    recognized,
+    summary,
+    with_density,
+)
 from tests.models.random_networks import network, tiny
 from tests.models.random_networks import one_thread as one_thread
 
@@ -40,13 +52,23 @@ def test_building_is_seeded_by_torch(method: str) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("options", [{}, {"sparse_grid": (3, 5), "readd_position": True}], ids=["default", "options"])
+@pytest.mark.parametrize("options", [{}, {"density": "3x5,2@0,500", "readd_position": True}], ids=["default", "options"])
 def test_descriptions_survive_json(method: str, options: dict[str, Any]) -> None:
     plan = blueprint(method, tiny(latent_size=(12, 16), label_drop=0.25), options if method == "sparsedit" else {})
     description = describe(plan, "DiT-T/2")
     again = described(json.loads(json.dumps(description)))
     assert describe(again, "DiT-T/2") == description
     assert (again.backbone, again.options, type(again)) == (plan.backbone, plan.options, type(plan))
+
+
+def test_another_density_changes_that_alone() -> None:
+    options = {"poolingformer_blocks": 0, "top_blocks": 2, "density": "3"}
+    plan = blueprint("sparsedit", tiny(), options)
+    other = with_density(plan, "0.44:0.61/4")
+    assert other.options == replace(plan.options, density="6,6,5,5@0,250,500,750")
+    assert all(tensor.is_meta for tensor in other.state_dict().values())
+    with pytest.raises(InputError, match="--density 3: a network of --method dense has no token density"):
+        with_density(blueprint("dense", tiny(), {}), "3")
 
 
 def test_a_description_of_every_default_holds_after_the_defaults_change() -> None:
@@ -60,7 +82,7 @@ def test_a_description_of_every_default_holds_after_the_defaults_change() -> Non
         ("dense", ["dense DiT-XL/2", "676,014,368 parameters", "524.5 GMACs", "100.0% of the dense"]),
         (
             "sparsedit",
-            ["sparsedit DiT-XL/2", "681,327,392 parameters", "223 GMACs", "42.5% of the dense", "524.5", "sparse_grid 8,8"],
+            ["sparsedit DiT-XL/2", "681,327,392 parameters", "223 GMACs", "42.5% of the dense", "524.5", "density 8"],
         ),
     ],
 )

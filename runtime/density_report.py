@@ -1,0 +1,161 @@
+"""What a token density costs: a table for the terminal, a plot for the record.
+
+Works through `density`, `plan`, `macs` and `mean_macs` alone, for whatever method. GMACs are those of one image and one forward
+pass; guidance makes two passes of a step.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion.schedule import NoiseSchedule
+from models import DiT
+from models.token_density import TIMESTEPS, TokenDensity
+from runtime.files import atomic_write
+from runtime.networks import dense_blueprint, mean_gmacs
+
+
+class Published(NamedTuple):
+    """A row of table 1 of arXiv 2412.06028 that varies the density."""
+
+    image_size: int
+    rates: str
+    gmacs: float
+    dense_gmacs: float
+    formula_gmacs: float  # of the paper's formula with whole grids, in the network its authors released
+
+
+PUBLISHED = (
+    Published(256, "0.44:0.61", 88.91, 118.64, 85.1),
+    Published(256, "0.61:0.86", 68.05, 118.64, 71.5),
+    Published(512, "0.61:0.86", 286, 525, 304.2),
+    Published(512, "0.90:0.96", 235, 525, 240.2),
+)
+PUBLISHED_MODEL, LATENT_FACTOR = "DiT-XL/2", 8
+
+TOKENS_COLOR, COST_COLOR = "#1f5fa8", "#c0392b"
+LABELLED = 60
+"""Timesteps of the shortest interval that has room in the plot for the name of its grid."""
+
+
+def density_lines(network: DiT, model: str, steps: str) -> list[str]:
+    """What is printed before training and sampling, beside `runtime.networks.summary`: grids and GMACs over the timesteps.
+
+    `steps` is the sampler's choice of steps, as `NoiseSchedule.respaced` takes it. Nothing where every step does the same
+    and there are no grids; one line where there is one grid; a table, mean GMACs and the paper's figure where there are more.
+    """
+    density = network.density
+    if density is None:
+        varies = any(network.plan(t) != network.plan(0) for t in range(TIMESTEPS))
+        return [_means(network, steps)] if varies else []
+    full = network.backbone.tokens
+    if len(density.intervals) == 1:
+        tokens = _tokens(density)[0]
+        return [f"token density {density}: {_shown(density)[0]} = {tokens} of {full} tokens, r {_rate(tokens, full)}, "
+                "at every timestep"]  # fmt: skip
+    digits = _decimals(network)
+    lines = [f"token density {density}"]
+    lines.append(f"  {'timesteps':<10}{'grid':>8}{f'tokens of {full}':>16}{'pruned r':>10}{'GMACs':>10}")
+    rows = zip(density.intervals, _shown(density), _tokens(density), _gmacs(network, density), strict=True)
+    for timesteps, grid, tokens, gmacs in rows:
+        span = f"{timesteps.start}-{timesteps.stop - 1}"
+        lines.append(f"  {span:<10}{grid:>8}{tokens:>16}{_rate(tokens, full):>10}{gmacs:>10.{digits}f}")
+    lines.append("  " + _means(network, steps))
+    row = published_row(network, model)
+    if row is not None:
+        lines.append(f"  the paper prints {row.gmacs:g} GMACs for r {row.rates} and {row.dense_gmacs:g} for the dense backbone "
+                     "(arXiv 2412.06028, table 1);")  # fmt: skip
+        lines.append(f"  its formula with whole grids gives another figure: {row.formula_gmacs:g} in its authors' network, "
+                     "less here, where the same function takes fewer operations")  # fmt: skip
+    return lines
+
+
+def published_row(network: DiT, model: str) -> Published | None:
+    """The row of the paper that the network is: backbone, split and schedule; None where there is none.
+
+    The paper does not say into how many intervals it cuts its schedule: maximal runs of a grid and its figure's quarters count.
+    """
+    options, backbone = network.options, network.backbone
+    if model != PUBLISHED_MODEL or not hasattr(options, "density"):
+        return None
+    for row in PUBLISHED:
+        if backbone.latent_size == (row.image_size // LATENT_FACTOR,) * 2:
+            # A method's defaults at the published size are the paper's.
+            schedules = (type(options)(density=density) for density in (row.rates, f"{row.rates}/4"))
+            if options in (network.resolve(schedule, backbone) for schedule in schedules):
+                return row
+    return None
+
+
+def draw_density(network: DiT, path: Path, steps: str) -> None:
+    """Sparse tokens and GMACs over the timesteps as a PNG. Equal content makes equal bytes; no file where there is no density.
+
+    Noise grows to the right. It imports matplotlib, which takes a second: one process of a run should draw.
+    """
+    density = network.density
+    if density is None:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sampled = NoiseSchedule.linear().respaced(steps).timesteps
+    mean, dense = mean_gmacs(network, sampled), mean_gmacs(dense_blueprint(network))
+    edges, full = [*density.starts, TIMESTEPS], network.backbone.tokens
+    # Without pyplot there is no state that other code in the process could see, and no display is asked for.
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left = figure.add_subplot()
+    left.set_title(textwrap.fill(f"token density {density}", 90, max_lines=3), fontsize=10)
+    left.set(xlim=(0, TIMESTEPS), ylim=(0, full * 1.05), xlabel="timestep t (0 clean, 999 noise)")
+    left.set_ylabel(f"sparse tokens of {full}", color=TOKENS_COLOR)
+    left.stairs(_tokens(density), edges, fill=True, color=TOKENS_COLOR, alpha=0.2)
+    left.stairs(_tokens(density), edges, baseline=None, color=TOKENS_COLOR, linewidth=2, label="sparse tokens")
+    for timesteps, tokens, grid in zip(density.intervals, _tokens(density), _shown(density), strict=True):
+        if len(timesteps) >= LABELLED:
+            middle = (timesteps.start + timesteps.stop) / 2
+            left.text(middle, tokens, f"{grid}\n", ha="center", va="center", fontsize=8, color=TOKENS_COLOR)
+    right = left.twinx()
+    # The dense backbone stands as high as the whole token map.
+    right.set_ylim(0, dense * 1.05)
+    right.set_ylabel("GMACs", color=COST_COLOR)
+    right.stairs(_gmacs(network, density), edges, baseline=None, color=COST_COLOR, linewidth=2, label="GMACs of one pass")
+    right.axhline(mean, color=COST_COLOR, linestyle="--", label=f"mean over {len(sampled)} sampling steps: {mean:.4g}")
+    right.axhline(dense, color="0.35", label=f"dense backbone: {dense:.4g}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    with atomic_write(path) as temporary:
+        # The default metadata names the version of matplotlib.
+        canvas.print_png(temporary, metadata={"Software": None})
+
+
+def _means(network: DiT, steps: str) -> str:
+    """Mean GMACs over all timesteps and over the sampler's, and what share of the dense backbone's the latter is."""
+    timesteps = NoiseSchedule.linear().respaced(steps).timesteps
+    sampled, dense, digits = mean_gmacs(network, timesteps), mean_gmacs(dense_blueprint(network)), _decimals(network)
+    return (
+        f"mean GMACs: {mean_gmacs(network):.{digits}f} over all {TIMESTEPS:,} timesteps, {sampled:.{digits}f} over the "
+        f"{len(timesteps)} sampling steps ({sampled / dense:.1%} of the dense backbone's {dense:.{digits}f})"
+    )
+
+
+def _decimals(network: DiT) -> int:
+    """Decimals that show at least four digits of the network's GMACs, at least two."""
+    return max(2, 3 - math.floor(math.log10(mean_gmacs(network))))
+
+
+def _shown(density: TokenDensity) -> list[str]:
+    return [f"{rows}x{columns}" for rows, columns in density.grids]
+
+
+def _tokens(density: TokenDensity) -> list[int]:
+    return [rows * columns for rows, columns in density.grids]
+
+
+def _gmacs(network: DiT, density: TokenDensity) -> list[float]:
+    return [network.macs(network.plan(timesteps.start)) / 1e9 for timesteps in density.intervals]
+
+
+def _rate(tokens: int, full: int) -> str:
+    return f"{1 - tokens / full:.2f}"
