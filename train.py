@@ -2,6 +2,7 @@
 
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py \\
         --model DiT-XL/2 --pretrained DiT-XL-2-512x512.pt --feature-path features --image-size 512
+    python train.py plan --image-size 512 --density 0.61:0.86
     python train.py export results/DiT-XL-2-sparsedit-512/checkpoints/0400000.safetensors sparsedit-xl-512.safetensors
 """
 
@@ -365,10 +366,32 @@ def export(arguments: list[str]) -> None:
     print(f"{chosen.output}: {'raw' if chosen.raw else 'averaged'} weights of step {header['step']}, {chosen.layout} layout")
 
 
+def plan(arguments: list[str]) -> None:
+    """`train.py plan ...`: what the network of these settings computes and costs, without features or weights."""
+    parser = ArgumentParser("Says what a network costs before there are features or weights; takes every flag of train.py.",
+                            "train.py plan", "For latents of other autoencoders than SD's give --vae.")  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="PNG to write: sparse tokens and GMACs over the timesteps")
+    chosen, others = parser.parse_known_args(arguments)
+    settings, options = parse_training(others, "train.py plan")
+    channels, *latent_size = resolve_codec(settings.vae or "ema").latent_shape(settings.image_size)
+    classes = settings.num_classes or 1000
+    backbone = Backbone.named(settings.model, (latent_size[0], latent_size[1]), channels, classes, settings.learn_sigma)
+    network, steps = blueprint(settings.method, backbone, options), SamplingSettings().num_sampling_steps
+    if chosen.output and network.density is None:
+        raise InputError(f"--output: --method {settings.method} has no token density to draw; leave the flag out.")
+    if chosen.output:
+        check_new_file(chosen.output, "--output")
+    print("\n".join((summary(network, settings.model), *density_lines(network, settings.model, steps))))
+    if chosen.output:
+        draw_density(network, Path(chosen.output), steps)
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["export"]:
         export(arguments[1:])
+    elif arguments[:1] == ["plan"]:
+        plan(arguments[1:])
     else:
         train(*parse_training(arguments))
 

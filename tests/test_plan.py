@@ -1,0 +1,44 @@
+"""`train.py plan`: the cost of a network before there are features or weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_runs import call, succeed
+
+
+def test_it_says_the_cost_of_a_preset_and_draws_it(tmp_path: Path) -> None:
+    target = tmp_path / "density.png"
+    said = succeed("train", "plan", "--config", "configs/sparsedit-xl-2-256-r61-86.yaml", "--output", target).out
+    for words in (
+        "69.04 GMACs per image and pass, the mean over timesteps",
+        "10,9,8,7,6@0,363,574,761,925",
+        "paper prints 68.05",
+    ):
+        assert words in said
+    assert Image.open(target).size[0] > 500
+
+
+def test_flags_win_and_the_codec_decides_the_map(tmp_path: Path) -> None:
+    said = succeed("train", "plan", "--config", "configs/demo-sparsedit-dynamic.yaml", "--vae", "pixels", "--density", "2").out
+    assert "token density 2: 2x2 = 4 of 16 tokens" in said
+    assert "mean" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--density", "17"], ["17x17", "16x16"]),
+        (["--image-size", "250"], ["250", "multiple of 8"]),
+        (["--method", "dense", "--output", "x.png"], ["--output", "--method dense"]),
+        (["--densty", "8"], ["--densty", "--density"]),
+        (["--model", "DiT-XL/3"], ["DiT-XL/3"]),
+    ],
+)
+def test_wrong_input_is_answered_in_one_sentence(words: list[str], named: list[str], tmp_path: Path) -> None:
+    result = call("train", "plan", *words)
+    assert result.code == 2
+    assert all(name in result.err for name in named)
+    assert "Traceback" not in result.err
