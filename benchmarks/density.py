@@ -30,7 +30,7 @@ from data.manifest import MANIFEST, Manifest
 from diffusion.schedule import NoiseSchedule
 from metrics.frechet import frechet_distance, statistics_of
 from models import Backbone, DiT
-from models.token_density import TokenDensity
+from models.token_density import TIMESTEPS, TokenDensity
 from runtime.checkpoint import checkpoints
 from runtime.config import ArgumentParser, InputError, from_mapping, option, to_mapping
 from runtime.files import check_writable, lock, write_json
@@ -53,6 +53,7 @@ class DensitySettings:
     steps: int = option(1000, "optimizer steps of a fine-tuning")
     pretraining_steps: int = option(2000, "optimizer steps of the dense network")
     gradient_accumulation: int = option(4, "micro-batches of a step, for all densities alike; each has one token count")
+    min_snr_gamma: float | None = option(5.0, "loss weight of all trainings and of the held-out loss; 5: SparseDiT's recipe")
     patch: int = option(2, "patch of the default backbone; on digits 2 makes 4 x 4 tokens, 1 makes 8 x 8")
     model: str | None = option(None, "backbone; none: DiT-128x8x4/PATCH")
     fixed: str | None = option(None, "token density of one grid, as train.py --density; none: by the token map")
@@ -156,7 +157,7 @@ def plan(settings: DensitySettings, output: Path, manifest: Manifest, source: Pa
     grouped = TokenDensity(dynamic.starts, fixed.grids * len(dynamic.grids))
     densities = {FIXED: str(fixed), GROUPED: str(grouped), DYNAMIC: str(dynamic)}
     networks = {arm: blueprint(training.method, backbone, {**options, "density": text}) for arm, text in densities.items()}
-    for name, steps in (("all timesteps", range(1000)), ("the sampler's steps", sampled_timesteps(settings))):
+    for name, steps in (("all timesteps", range(TIMESTEPS)), ("the sampler's steps", sampled_timesteps(settings))):
         costs = [mean_gmacs(networks[arm], steps) for arm in (FIXED, DYNAMIC)]
         if abs(costs[1] / costs[0] - 1) > EQUAL:
             raise InputError(
@@ -175,7 +176,13 @@ def sampled_timesteps(settings: DensitySettings) -> tuple[int, ...]:
 def check_unchanged(experiment: Experiment, manifest: Manifest) -> None:
     """Notes what is measured, or InputError where the folder holds something measured otherwise."""
     settings = {name: value for name, value in to_mapping(experiment.settings).items() if name not in MAY_CHANGE}
-    now = {**settings, "densities": dict(experiment.densities), "pictures": manifest.sha256}
+    # The files' names would not tell that somebody edited them between two seeds.
+    configs = {}
+    for name in ("dense_config", "sparse_config"):
+        training, options = parse_training(["--config", settings[name]])
+        configs[f"content of {settings[name]}"] = {"settings": to_mapping(training), "options": options}
+    now = {**settings, **configs, "densities": dict(experiment.densities), "pictures": manifest.sha256}
+    now = json.loads(json.dumps(now))  # as it will be read back
     note = experiment.output / "settings.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else now
     if differ := [name for name in now if before.get(name) != now[name]]:
@@ -198,6 +205,7 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     settings, run = experiment.settings, experiment.run(arm, seed)
     arguments: list[object] = ["--model", experiment.model, "--feature-path", experiment.training, "--image-size"]
     arguments += [experiment.image_size, "--results-dir", run.parent, "--run-name", run.name, "--seed", seed]
+    arguments += ["--min-snr-gamma", settings.min_snr_gamma]
     if arm == DENSE:
         arguments += ["--config", settings.dense_config, "--max-steps", settings.pretraining_steps]
     else:
@@ -237,13 +245,12 @@ def measure_one(experiment: Experiment, arm: str, seed: int) -> dict[str, float]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(str(checkpoints(experiment.run(arm, seed))[-1]), None, None)
     network, settings = checkpoint.network.to(device), experiment.settings
-    header = checkpoint.weights.header or {}
     held_out, training = (open_features(folder, experiment.image_size) for folder in (experiment.held_out, experiment.training))
     vectors = pooled_vectors if settings.features else digit_vectors
     real = torch.cat([all_latents(training), all_latents(held_out)])
     samples = sampled_latents(network, experiment.sampling, settings.samples, seed, device)
     values = {
-        **held_out_losses(network, header["settings"]["min_snr_gamma"], held_out, device),
+        **held_out_losses(network, settings.min_snr_gamma, held_out, device),
         "frechet": frechet_distance(statistics_of(vectors(samples)), statistics_of(vectors(real))),
     }
     write_json(target, values)

@@ -13,7 +13,8 @@ Values = Sequence[Mapping[str, float]]
 """One mapping of measures for each seed."""
 
 CONFIDENCE = 0.95
-SHOWN = {"loss": "held-out loss", "mse": "error of epsilon", "frechet": "Frechet distance"}
+SHOWN = {"mse": "error of epsilon", "loss": "held-out loss", "frechet": "Frechet distance"}
+"""Measure -> its title. The first is the one to judge by: no weight favours a part of the timesteps."""
 
 
 def spread(values: Values) -> dict[str, dict[str, Any]]:
@@ -33,7 +34,7 @@ def comparisons(first: str, second: str, of_first: Values, of_second: Values) ->
     """Differences first - second, paired by seed, of every measure, and a sentence for each; lower is better in all."""
     names = [*of_first[0]]
     found = {name: difference([a[name] - b[name] for a, b in zip(of_first, of_second, strict=True)]) for name in names}
-    sentences = [f"{SHOWN[name]}: {verdict(first, second, found[name])}" for name in names if name in SHOWN]
+    sentences = [f"{SHOWN[name]}: {verdict(first, second, found[name])}" for name in SHOWN if name in names]
     return {"first": first, "second": second, "differences": found, "sentences": sentences}
 
 
@@ -82,8 +83,9 @@ def show(result: Mapping[str, Any]) -> str:
     lines += [sentence for compared in result["comparisons"] for sentence in compared["sentences"]]
     lines += [
         "",
-        "GMACs: one pass, one picture; the mean over all timesteps, and over the sampler's. Held-out loss: the training",
-        "objective, every timestep with equal weight and under its own grid; error of epsilon: its plain mean square.",
+        "GMACs: one pass, one picture; the mean over all timesteps, and over the sampler's. Error of epsilon: its mean square,",
+        "every timestep with equal weight and under its own grid. Held-out loss: the training objective, with the variational",
+        f"term and min-SNR gamma {settings['min_snr_gamma']}.",
         f"Frechet distance: {settings['samples']:,} samples ({settings['sampling_steps']} DDPM steps, guidance "
         f"{settings['cfg_scale']}) to all {result['count']:,} pictures, on {result['compared']}; not an FID.",
     ]
