@@ -43,9 +43,10 @@ def parse() -> argparse.Namespace:
     meanings = (
         "forward: a method's forward pass against the dense one; data: features read per second against one file each; "
         "pack: memory of packing samples; eval: the evaluator's Fréchet distance against scipy.linalg.sqrtm, its precision "
-        "and recall against torch.cdist, its network under torch against TensorFlow"
+        "and recall against torch.cdist, its network under torch against TensorFlow; density: fixed against dynamic token density over "
+        "seeds, with flags of its own"
     )
-    parser.add_argument("what", choices=("forward", "data", "pack", "eval"), help=meanings)
+    parser.add_argument("what", choices=("forward", "data", "pack", "eval", "density"), help=meanings)
     parser.add_argument("--model", default="DiT-XL/2", help="backbone (forward; default: DiT-XL/2)")
     parser.add_argument("--method", default="sparsedit", choices=list(METHODS), help="candidate (forward; default: sparsedit)")
     density = "sparse tokens, as train.py --density (forward; default: the method's)"
@@ -63,6 +64,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="measured rounds after one of warm-up (default: 5; eval: 3)")
     parser.add_argument("--json", help="also write the result to this file")
     chosen = parser.parse_args()
+    if chosen.what == "density":
+        raise InputError("density has flags of its own and stands first: benchmark.py density --help.")
     for flag in ("batch_size", "count", "dimensions", "image_size", "rounds"):
         given = getattr(chosen, flag)
         if given is not None and given < 1:

@@ -26,7 +26,7 @@ from sklearn.svm import SVC
 
 from benchmarks.digits import EXTRACTION, ROOT, command, grey_vectors, load_digits, write_digits
 from benchmarks.timing import interleaved
-from diffusion.schedule import NoiseSchedule
+from diffusion.schedule import respaced_timesteps
 from metrics.frechet import frechet_distance, statistics_of
 from models import DiT
 from runtime.checkpoint import checkpoints
@@ -100,7 +100,7 @@ def compare(runs: Sequence[Path], samples: Sequence[Path]) -> list[Row]:
     digits = load_digits()
     classifier = SVC(gamma=0.001, C=10.0).fit(digits.data, digits.target)
     networks = [load_checkpoint(str(checkpoints(run)[-1]), None, None) for run in runs]
-    timesteps = NoiseSchedule.linear().respaced(STEPS).timesteps
+    timesteps = respaced_timesteps(STEPS)
     rows = []
     for checkpoint, batch, speed in zip(networks, samples, measure_speed(networks), strict=True):
         vectors = grey_vectors(np.load(batch)["arr_0"])

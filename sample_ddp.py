@@ -7,6 +7,7 @@ Started again after a kill, the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -22,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from data.latents import CodecSpec, load_codec
-from diffusion.schedule import NoiseSchedule
+from diffusion.schedule import respaced_timesteps
 from models import DiT
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
 from runtime.density_report import draw_density
@@ -77,7 +78,7 @@ def sample(settings: SampleSettings) -> None:
         held = lock(target, f"{target} is being filled by another process; wait for it, or give another --sample-name.")
         begin(target, protocol(settings, checkpoint, spec, state.device), network)
         print("\n".join(checkpoint.lines(settings.num_sampling_steps)))
-        if len(network.training_plans()) > 1:
+        if network.plan_varies:
             draw_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
         print(
             f"{settings.num_fid_samples} pictures of {checkpoint.image_size} x {checkpoint.image_size} into {target}",
@@ -134,8 +135,10 @@ def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
         f"{checkpoint.model.replace('/', '-')}-{method}-{step}-size-{checkpoint.image_size}-cfg-{settings.cfg_scale}"
         f"-{settings.sampler}-{settings.num_sampling_steps}-seed-{settings.seed}"
     )
-    if checkpoint.trained_density is not None:
-        name += f"-density-{checkpoint.network.density}"
+    if checkpoint.trained_density is not None and settings.density:
+        # File systems end names at 255 bytes.
+        short = settings.density if len(settings.density) <= 40 else hashlib.sha256(settings.density.encode()).hexdigest()[:12]
+        name += f"-density-{short}"
     return re.sub(r"[^\w.-]+", "-", name)
 
 
@@ -153,7 +156,7 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
             "trained": checkpoint.trained_density or sampled,
             "note": checkpoint.density_note,
         },
-        "gmacs_per_pass": mean_gmacs(network, NoiseSchedule.linear().respaced(settings.num_sampling_steps).timesteps),
+        "gmacs_per_pass": mean_gmacs(network, respaced_timesteps(settings.num_sampling_steps)),
         "image_size": checkpoint.image_size,
         "num_classes": network.backbone.num_classes,
         "checkpoint": {"path": checkpoint.path, "sha256": hash_of(checkpoint.path), "step": checkpoint.step},

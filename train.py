@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from data.features import BatchOrder, FeatureDataset, open_features
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
 from diffusion.gaussian import EpsilonObjective
-from diffusion.schedule import NoiseSchedule
+from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from models import Backbone, DiT, checkpoint_blocks
 from models.weights import LoadingPlan, load
 from models.weights import export as export_state
 from runtime.checkpoint import (
     FOLDER,
-    checkpoints,
     read_header,
     read_tensors,
     read_weights,
@@ -40,15 +39,16 @@ from runtime.checkpoint import (
     save_state,
 )
 from runtime.config import ArgumentParser, InputError, run_script, to_mapping
-from runtime.density_groups import check_groups
+from runtime.density_groups import check_groups, groups_line, number_of_groups
 from runtime.density_report import density_lines, draw_density
 from runtime.distributed import choose_precision, make_accelerator, promised_processes, set_numerics
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
 from runtime.networks import blueprint, build, describe, described, fit_weights, summary
+from runtime.resuming import check_resumable, resume_from, saved_header
 from runtime.sampling import SamplingSettings, picture_grid, sample_pictures
 from runtime.seeding import Keys, integers
-from runtime.settings import TrainingSettings, changed, parse_training
+from runtime.settings import TrainingSettings, parse_training
 from runtime.training import Trainer
 
 
@@ -116,7 +116,8 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
     resume = resume_from(settings, run)
     saved = saved_header(resume) if resume else None
-    groups = density_groups(settings, saved, network)
+    groups_before = saved["settings"].get("density_groups", 1) if saved else None
+    groups = number_of_groups(settings.density_groups, groups_before, len(network.training_plans()), shares)
     settings = replace(settings, density_groups=groups)
     if resume and saved:
         check_resumable(resume, saved, settings, header)
@@ -126,18 +127,6 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     origin = weights.origin if weights else None
     held = hold(settings, run, resume)
     return Prepared(settings, features, network, objective, run, held, resume, state, loading, origin, grid_codec, header)
-
-
-def density_groups(settings: TrainingSettings, saved: Mapping[str, Any] | None, network: DiT) -> int:
-    """The number of density groups: as asked for, as the resumed run has it, or one for every process and accumulation step.
-
-    Where all timesteps have one token count there is one group, and nothing depends on it.
-    """
-    if settings.density_groups is None and saved:
-        return saved["settings"].get("density_groups", 1)  # before that setting, all timesteps had one token count
-    if len(network.training_plans()) == 1:
-        return 1
-    return settings.density_groups or promised_processes() * settings.gradient_accumulation
 
 
 def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] | None:
@@ -197,61 +186,6 @@ def run_name(settings: TrainingSettings) -> str:
     return f"{settings.model.replace('/', '-')}-{settings.method}-{settings.image_size}"
 
 
-def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
-    """The checkpoint to go on from, None for a new run. InputError where `--resume none` would overwrite one."""
-    saved = checkpoints(run)
-    if settings.resume == "auto":
-        return saved[-1] if saved else None
-    if settings.resume == "none":
-        if saved:
-            raise InputError(f"{run} already holds a run at step {int(saved[-1].stem)}; give another --run-name, or leave out "
-                             "--resume none to continue it.")  # fmt: skip
-        return None
-    chosen = Path(settings.resume)
-    if not chosen.is_file():
-        raise InputError(f"--resume {settings.resume}: no such checkpoint; give a file, auto or none.")
-    later = [path for path in saved if chosen.stem.isdigit() and int(path.stem) > int(chosen.stem)]
-    if later:
-        raise InputError(f"{run} already goes on to step {int(later[-1].stem)}; give another --run-name to branch off from "
-                         f"{chosen}.")  # fmt: skip
-    return chosen
-
-
-def saved_header(path: Path) -> Mapping[str, Any]:
-    """What a training checkpoint says of its run. InputError where the file is damaged or something else."""
-    try:
-        header = read_header(path)
-    except InputError as error:
-        raise InputError(f"{error} Or delete it, and the same command continues from the checkpoint before.") from None
-    if header is None or "settings" not in header:
-        raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
-    return header
-
-
-def check_resumable(path: Path, saved: Mapping[str, Any], settings: TrainingSettings, now: Mapping[str, Any]) -> None:
-    """InputError when the checkpoint was made (`saved`) with settings, a network or data (`now`) that give another run."""
-    differences = changed(saved["settings"], settings)
-    # Built and described again, the network of an older checkpoint has today's options under today's names.
-    network = describe(described(saved["network"]), saved["network"]["model"])
-    for before, part in ((network, "network"), (saved.get("data") or {}, "data")):
-        known = {difference.partition(" ")[0] for difference in differences}
-        differences += [line for line in different(before, now[part]) if line.partition(" ")[0] not in known]
-    if differences:
-        raise InputError(f"{path} was made with other settings: {', '.join(differences)}; give a new --run-name to start anew, "
-                         "or those settings to continue.")  # fmt: skip
-
-
-def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The entries of `now` that were otherwise: "name (then, not now)"; groups are named by their entries."""
-    lines = []
-    for key, value in now.items():
-        if isinstance(value, Mapping) and isinstance(before.get(key), Mapping):
-            lines += different(before[key], value)
-        elif before.get(key) != value:
-            lines.append(f"{key} ({before.get(key)}, not {value})")
-    return lines
-
-
 def opening_lines(
     prepared: Prepared, network: DiT, trainer: Trainer, precision: str, precision_note: str | None
 ) -> Iterator[str]:
@@ -269,15 +203,6 @@ def opening_lines(
     if len(trainer.plans) > 1:
         yield groups_line(trainer.groups, processes, accumulation)
     yield from origin_lines(prepared, trainer.step, precision_note)
-
-
-def groups_line(groups: int, processes: int, accumulation: int) -> str:
-    """How the token counts of a step are dealt."""
-    shares = processes * accumulation
-    counted = "1 density group" if groups == 1 else f"{groups} density groups"
-    if groups == shares:
-        return f"{counted}, one for every process and accumulation step"
-    return f"{counted}, one for every {shares // groups} of {shares} processes x accumulation steps"
 
 
 def origin_lines(prepared: Prepared, step: int, precision_note: str | None) -> list[str]:
@@ -371,12 +296,17 @@ def plan(arguments: list[str]) -> None:
     parser = ArgumentParser("Says what a network costs before there are features or weights; takes every flag of train.py.",
                             "train.py plan", "For latents of other autoencoders than SD's give --vae.")  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="PNG to write: sparse tokens and GMACs over the timesteps")
+    default = SamplingSettings().num_sampling_steps
+    parser.add_argument(
+        "--num-sampling-steps", default=default, metavar="TEXT", help=f"as of sample_ddp.py (default: {default})"
+    )
     chosen, others = parser.parse_known_args(arguments)
     settings, options = parse_training(others, "train.py plan")
     channels, *latent_size = resolve_codec(settings.vae or "ema").latent_shape(settings.image_size)
     classes = settings.num_classes or 1000
     backbone = Backbone.named(settings.model, (latent_size[0], latent_size[1]), channels, classes, settings.learn_sigma)
-    network, steps = blueprint(settings.method, backbone, options), SamplingSettings().num_sampling_steps
+    network, steps = blueprint(settings.method, backbone, options), chosen.num_sampling_steps
+    respaced_timesteps(steps)
     if chosen.output and network.density is None:
         raise InputError(f"--output: --method {settings.method} has no token density to draw; leave the flag out.")
     if chosen.output:

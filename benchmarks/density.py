@@ -27,7 +27,7 @@ from benchmarks.held_out import all_latents, digit_vectors, held_out_losses, poo
 from benchmarks.paired_seeds import comparisons, show, spread
 from data.features import open_features
 from data.manifest import MANIFEST, Manifest
-from diffusion.schedule import NoiseSchedule
+from diffusion.schedule import respaced_timesteps
 from metrics.frechet import frechet_distance, statistics_of
 from models import Backbone, DiT
 from models.token_density import TIMESTEPS, TokenDensity
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def measure(settings: DensitySettings) -> dict[str, Any]:
     """The whole experiment. Raises InputError for densities that cost differently, before anything is trained."""
-    NoiseSchedule.linear().respaced(settings.sampling_steps)
+    respaced_timesteps(settings.sampling_steps)
     output = Path(settings.output).resolve()
     check_writable(output, "--output")
     held = lock(output, f"{output} is being filled by another process; wait for it, or give another --output.")
@@ -157,7 +157,10 @@ def plan(settings: DensitySettings, output: Path, manifest: Manifest, source: Pa
     grouped = TokenDensity(dynamic.starts, fixed.grids * len(dynamic.grids))
     densities = {FIXED: str(fixed), GROUPED: str(grouped), DYNAMIC: str(dynamic)}
     networks = {arm: blueprint(training.method, backbone, {**options, "density": text}) for arm, text in densities.items()}
-    for name, steps in (("all timesteps", range(TIMESTEPS)), ("the sampler's steps", sampled_timesteps(settings))):
+    for name, steps in (
+        ("all timesteps", range(TIMESTEPS)),
+        ("the sampler's steps", respaced_timesteps(settings.sampling_steps)),
+    ):
         costs = [mean_gmacs(networks[arm], steps) for arm in (FIXED, DYNAMIC)]
         if abs(costs[1] / costs[0] - 1) > EQUAL:
             raise InputError(
@@ -167,10 +170,6 @@ def plan(settings: DensitySettings, output: Path, manifest: Manifest, source: Pa
     networks = {DENSE: blueprint(DENSE, backbone, {}), **networks}
     parts = output / "features"
     return Experiment(settings, output, model, manifest.image_size, parts / "training", parts / "held-out", densities), networks
-
-
-def sampled_timesteps(settings: DensitySettings) -> tuple[int, ...]:
-    return NoiseSchedule.linear().respaced(settings.sampling_steps).timesteps
 
 
 def check_unchanged(experiment: Experiment, manifest: Manifest) -> None:
@@ -266,7 +265,7 @@ def summarise(
         arm: {
             "density": experiment.densities.get(arm),
             "gmacs_all_timesteps": mean_gmacs(networks[arm]),
-            "gmacs_sampled_timesteps": mean_gmacs(networks[arm], sampled_timesteps(settings)),
+            "gmacs_sampled_timesteps": mean_gmacs(networks[arm], respaced_timesteps(settings.sampling_steps)),
             "measures": spread(of_arm),
         }
         for arm, of_arm in values.items()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.schedule import NoiseSchedule, at
+from diffusion.schedule import NoiseSchedule, Timesteps, at
 from runtime.config import InputError
 from runtime.seeding import Keys, integers, normal
 
@@ -32,13 +32,6 @@ class Noised(NamedTuple):
     t: Tensor  # (N,) int64
     x0: Tensor  # (N, C, H, W)
     noise: Tensor  # (N, C, H, W) float32
-
-
-class Timesteps(NamedTuple):
-    """start, start + 1, .. stop - 1, as `range`, in tensors: a compiled graph then holds for any of them."""
-
-    start: Tensor  # () int64
-    stop: Tensor  # () int64
 
 
 class Losses(NamedTuple):

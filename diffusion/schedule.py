@@ -10,12 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.config import InputError
+
+
+class Timesteps(NamedTuple):
+    """start, start + 1, .. stop - 1, as `range`, in tensors: a compiled graph then holds for any of them."""
+
+    start: Tensor  # () int64
+    stop: Tensor  # () int64
 
 
 def linear_betas(steps: int = 1000) -> np.ndarray:

@@ -165,6 +165,11 @@ class DiT(nn.Module):
         """The sparse grid of every timestep; None where the method has none."""
         return None
 
+    @property
+    def plan_varies(self) -> bool:
+        """Whether `plan` depends on the timestep."""
+        return False
+
     def plan(self, t: int) -> Plan:
         """What the step at the original timestep t (0 .. 999) computes."""
         return Plan()
@@ -250,9 +255,9 @@ class DiT(nn.Module):
         Without a plan: the network's only one; ValueError where plans differ, for which there is `mean_macs`.
         """
         if plan is None:
-            plan = self.plan(0)
-            if any(other != plan for _, other in self.training_plans()):
+            if self.plan_varies:
                 raise ValueError("plans differ with the timestep; give a plan, or ask mean_macs over timesteps")
+            plan = self.plan(0)
         tokens = self.backbone.tokens
         embedding = self.x_embedder.macs(tokens) + self.t_embedder.macs()
         return embedding + self.block_macs(plan) + self.final_layer.macs(tokens)

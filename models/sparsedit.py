@@ -259,6 +259,10 @@ class SparseDiT(DiT):
     def density(self) -> TokenDensity:
         return self.split.density
 
+    @property
+    def plan_varies(self) -> bool:
+        return len(set(self.density.grids)) > 1
+
     def plan(self, t: int) -> Plan:
         return Plan(signature=("sparse grid", *self.density.grid_at(t)))
 
@@ -354,7 +358,10 @@ def count_blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
 
 
 def pool_tokens(tokens: Tensor, grid: Grid, sparse_grid: Grid) -> Tensor:
-    """Adaptive average pooling of a token map: (N, rows * columns, D) -> (N, S, D)"""
+    """Adaptive average pooling of a token map: (N, rows * columns, D) -> (N, S, D)
+
+    Where the grid does not divide the map windows overlap, and on a GPU the backward adds them up in no fixed order.
+    """
     (rows, columns), (sparse_rows, sparse_columns) = grid, sparse_grid
     if rows % sparse_rows == 0 and columns % sparse_columns == 0:
         # Equal windows: a mean over a view, without moving the channels and deterministic in backward on a GPU.

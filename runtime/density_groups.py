@@ -19,6 +19,17 @@ from runtime.config import InputError
 from runtime.seeding import Keys, integers
 
 
+def number_of_groups(asked: int | None, saved: int | None, intervals: int, shares: int) -> int:
+    """Density groups of a run: as asked for, as the run had before (`saved`), or one for each of `shares`, the parts of the
+    global batch that are computed at once.
+
+    With one interval there is one group, and nothing depends on it.
+    """
+    if intervals == 1:
+        return 1
+    return asked or saved or shares
+
+
 def check_groups(groups: int, processes: int, accumulation: int) -> None:
     """InputError where some process would hold parts of two groups in one pass."""
     shares = processes * accumulation
@@ -49,3 +60,12 @@ def turned(offset: int, group: int, groups: int) -> int:
 def interval_of(intervals: Sequence[range], timestep: int) -> int:
     """The place of the interval that holds a timestep."""
     return next(place for place, timesteps in enumerate(intervals) if timestep in timesteps)
+
+
+def groups_line(groups: int, processes: int, accumulation: int) -> str:
+    """How the token counts of a step are dealt."""
+    shares = processes * accumulation
+    counted = "1 density group" if groups == 1 else f"{groups} density groups"
+    if groups == shares:
+        return f"{counted}, one for every process and accumulation step"
+    return f"{counted}, one for every {shares // groups} of {shares} processes x accumulation steps"

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion.schedule import NoiseSchedule
+from diffusion.schedule import respaced_timesteps
 from models import DiT
 from models.token_density import TIMESTEPS, TokenDensity
 from runtime.files import atomic_write
@@ -21,7 +21,7 @@ from runtime.networks import dense_blueprint, mean_gmacs
 class Published(NamedTuple):
     """A row of table 1 of arXiv 2412.06028 that varies the density."""
 
-    image_size: int
+    latent_side: int
     rates: str
     gmacs: float
     dense_gmacs: float
@@ -29,12 +29,12 @@ class Published(NamedTuple):
 
 
 PUBLISHED = (
-    Published(256, "0.44:0.61", 88.91, 118.64, 85.1),
-    Published(256, "0.61:0.86", 68.05, 118.64, 71.5),
-    Published(512, "0.61:0.86", 286, 525, 304.2),
-    Published(512, "0.90:0.96", 235, 525, 240.2),
+    Published(32, "0.44:0.61", 88.91, 118.64, 85.1),
+    Published(32, "0.61:0.86", 68.05, 118.64, 71.5),
+    Published(64, "0.61:0.86", 286, 525, 304.2),
+    Published(64, "0.90:0.96", 235, 525, 240.2),
 )
-PUBLISHED_MODEL, LATENT_FACTOR = "DiT-XL/2", 8
+PUBLISHED_MODEL = "DiT-XL/2"
 
 TOKENS_COLOR, COST_COLOR = "#1f5fa8", "#c0392b"
 LABELLED = 60
@@ -82,7 +82,7 @@ def published_row(network: DiT, model: str) -> Published | None:
     if model != PUBLISHED_MODEL or not hasattr(options, "density"):
         return None
     for row in PUBLISHED:
-        if backbone.latent_size == (row.image_size // LATENT_FACTOR,) * 2:
+        if backbone.latent_size == (row.latent_side,) * 2:
             # A method's defaults at the published size are the paper's.
             schedules = (type(options)(density=density) for density in (row.rates, f"{row.rates}/4"))
             if options in (network.resolve(schedule, backbone) for schedule in schedules):
@@ -101,7 +101,7 @@ def draw_density(network: DiT, path: Path, steps: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sampled = NoiseSchedule.linear().respaced(steps).timesteps
+    sampled = respaced_timesteps(steps)
     mean, dense = mean_gmacs(network, sampled), mean_gmacs(dense_blueprint(network))
     edges, full = [*density.starts, TIMESTEPS], network.backbone.tokens
     # Without pyplot there is no state that other code in the process could see, and no display is asked for.
@@ -132,7 +132,7 @@ def draw_density(network: DiT, path: Path, steps: str) -> None:
 
 def _means(network: DiT, steps: str) -> str:
     """Mean GMACs over all timesteps and over the sampler's, and what share of the dense backbone's the latter is."""
-    timesteps = NoiseSchedule.linear().respaced(steps).timesteps
+    timesteps = respaced_timesteps(steps)
     sampled, dense, digits = mean_gmacs(network, timesteps), mean_gmacs(dense_blueprint(network)), _decimals(network)
     return (
         f"mean GMACs: {mean_gmacs(network):.{digits}f} over all {TIMESTEPS:,} timesteps, {sampled:.{digits}f} over the "

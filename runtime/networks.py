@@ -129,7 +129,7 @@ def summary(network: DiT, model: str) -> str:
     """One line: method, backbone, parameters, and multiply-accumulates against the dense backbone."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
     gmacs, dense = mean_gmacs(network), mean_gmacs(dense_blueprint(network))
-    mean = "" if len(network.training_plans()) == 1 else ", the mean over timesteps"
+    mean = ", the mean over timesteps" if network.plan_varies else ""
     options = ", ".join(f"{name} {_short(value)}" for name, value in to_mapping(network.options).items() if value is not False)
     return (
         f"{method_name(network)} {model}, {parameters:,} parameters, {gmacs:.4g} GMACs per image and pass{mean} "

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from diffusion.gaussian import Timesteps
+from diffusion.schedule import Timesteps
 from models import DiT, Plan
+from runtime.averages import LossAverages
 from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_header, read_tensors, save_checkpoint
 from runtime.config import InputError, to_mapping
 from runtime.density_groups import group_of, group_timestep, interval_of
@@ -139,9 +140,7 @@ class Trainer:
         self.skipped_steps = 0
         self._saved_step = -1
         self._skipped_in_a_row = 0
-        self._sums: dict[str, Tensor] = {}
-        self._summed = 0
-        self._by_interval = torch.zeros(2, len(self.plans), device=accelerator.device)  # sums of losses; how many
+        self.losses = LossAverages([timesteps for timesteps, _ in self.plans], accelerator)
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -206,8 +205,6 @@ class Trainer:
         device, processes = self.accelerator.device, self.accelerator.num_processes
         accumulation = self.settings.gradient_accumulation
         share = self.settings.global_batch_size // (processes * accumulation)
-        losses: dict[str, Tensor] = {}
-        drawn: list[tuple[int, Tensor]] = []
         seen: list[Tensor] = []
         number = torch.full((), self.step, dtype=torch.int64, device=device)
         for micro in range(accumulation):
@@ -222,10 +219,8 @@ class Trainer:
             with self.accelerator.accumulate(self.step_module):
                 loss, parts = self.step_module(batch, number)
                 self.accelerator.backward(loss)
-            drawn.append((interval, parts["loss"].float()))
-            for name, value in parts.items():
-                losses[name] = losses.get(name, 0.0) + value.float() / accumulation
-        norm = self._update(losses, drawn)
+            self.losses.add(parts, interval, 1 / accumulation)
+        norm = self._update()
         if self._skipped_in_a_row and not all(bool(torch.isfinite(latents).all()) for latents in seen):
             raise InputError(
                 f"{self.settings.feature_path} holds numbers that are not finite (met at step {self.step}); extract it again."
@@ -240,7 +235,7 @@ class Trainer:
         timestep = group_timestep(self.settings.seed, self.step, group, self.groups)
         return interval_of([timesteps for timesteps, _ in self.plans], timestep)
 
-    def _update(self, losses: Mapping[str, Tensor], drawn: Sequence[tuple[int, Tensor]]) -> Tensor:
+    def _update(self) -> Tensor:
         """Applies the accumulated gradients, unless they are not finite; then the average and the logged losses follow."""
         self.accelerator.unscale_gradients(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -256,11 +251,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if finite:
             self.ema.update(self.network, self.step)
-            self._summed += 1
-            for name, value in losses.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-            for interval, loss in drawn:
-                self._by_interval[:, interval] += torch.stack((loss, torch.ones_like(loss)))
+        self.losses.end_step(finite)
         self._count_skipped(finite)
         self.step += 1
         return norm
@@ -290,13 +281,7 @@ class Trainer:
 
     def _averages(self, gradient_norm: Tensor) -> dict[str, float]:
         """Mean losses of the finite steps since the last call, over all processes, and the speed."""
-        values: dict[str, float] = {}
-        if self._summed:  # the same on every process, as all skip the same steps
-            names = sorted(self._sums)
-            means = torch.stack([self._sums[name] / self._summed for name in names])
-            means = self.accelerator.reduce(means, reduction="mean")
-            averages = dict(zip(names, means.tolist(), strict=True))
-            values = {"loss": averages.pop("loss"), **averages, **self._averages_by_interval()}
+        values = self.losses.take()
         seconds = time.perf_counter() - self._started
         speed = (self.step - self._logged_step) / seconds
         if torch.isfinite(gradient_norm):  # JSON has no NaN; skipped_steps tells of it
@@ -308,24 +293,8 @@ class Trainer:
             "memory_gib": memory_gib(),
             "skipped_steps": self.skipped_steps,
         }
-        self._sums, self._summed = {}, 0
-        self._by_interval.zero_()
         self._started, self._logged_step = time.perf_counter(), self.step
         return values
-
-    def _averages_by_interval(self) -> dict[str, float]:
-        """Mean total loss of each interval that any process drew since the last call, where there are several intervals.
-
-        The processes draw different intervals, so their sums and counts are added before dividing.
-        """
-        if len(self.plans) == 1:
-            return {}
-        sums, counts = self.accelerator.reduce(self._by_interval, reduction="sum").tolist()
-        return {
-            f"loss_at_t/{timesteps.start}-{timesteps.stop - 1}": total / count
-            for (timesteps, _), total, count in zip(self.plans, sums, counts, strict=True)
-            if count
-        }
 
     # State -----------------------------------------------------------------------------------------------------------
 

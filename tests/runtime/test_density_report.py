@@ -82,12 +82,12 @@ def test_any_method_whose_steps_differ_is_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row.image_size}-{row.rates}")
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{8 * row.latent_side}-{row.rates}")
 @pytest.mark.parametrize("form", ["{}", "{}/4"])
 def test_the_papers_rows_are_recognised(row: density_report.Published, form: str) -> None:
-    network = xl(form.format(row.rates), row.image_size)
+    network = xl(form.format(row.rates), 8 * row.latent_side)
     assert published_row(network, "DiT-XL/2") == row
-    assert published_row(xl(str(network.density), row.image_size), "DiT-XL/2") == row  # as a checkpoint has it
+    assert published_row(xl(str(network.density), 8 * row.latent_side), "DiT-XL/2") == row  # as a checkpoint has it
 
 
 def test_other_networks_are_not_taken_for_the_papers() -> None:

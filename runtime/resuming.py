@@ -1,0 +1,67 @@
+"""Which checkpoint a run goes on from, and whether it may: the same settings, network and data give the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.checkpoint import checkpoints, read_header
+from runtime.config import InputError
+from runtime.networks import describe, described
+from runtime.settings import TrainingSettings, changed
+
+
+def resume_from(settings: TrainingSettings, run: Path) -> Path | None:
+    """The checkpoint to go on from, None for a new run. InputError where `--resume none` would overwrite one."""
+    saved = checkpoints(run)
+    if settings.resume == "auto":
+        return saved[-1] if saved else None
+    if settings.resume == "none":
+        if saved:
+            raise InputError(f"{run} already holds a run at step {int(saved[-1].stem)}; give another --run-name, or leave out "
+                             "--resume none to continue it.")  # fmt: skip
+        return None
+    chosen = Path(settings.resume)
+    if not chosen.is_file():
+        raise InputError(f"--resume {settings.resume}: no such checkpoint; give a file, auto or none.")
+    later = [path for path in saved if chosen.stem.isdigit() and int(path.stem) > int(chosen.stem)]
+    if later:
+        raise InputError(f"{run} already goes on to step {int(later[-1].stem)}; give another --run-name to branch off from "
+                         f"{chosen}.")  # fmt: skip
+    return chosen
+
+
+def saved_header(path: Path) -> Mapping[str, Any]:
+    """What a training checkpoint says of its run. InputError where the file is damaged or something else."""
+    try:
+        header = read_header(path)
+    except InputError as error:
+        raise InputError(f"{error} Or delete it, and the same command continues from the checkpoint before.") from None
+    if header is None or "settings" not in header:
+        raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
+    return header
+
+
+def check_resumable(path: Path, saved: Mapping[str, Any], settings: TrainingSettings, now: Mapping[str, Any]) -> None:
+    """InputError when the checkpoint was made (`saved`) with settings, a network or data (`now`) that give another run."""
+    differences = changed(saved["settings"], settings)
+    # Built and described again, the network of an older checkpoint has today's options under today's names.
+    network = describe(described(saved["network"]), saved["network"]["model"])
+    for before, part in ((network, "network"), (saved.get("data") or {}, "data")):
+        known = {difference.partition(" ")[0] for difference in differences}
+        differences += [line for line in different(before, now[part]) if line.partition(" ")[0] not in known]
+    if differences:
+        raise InputError(f"{path} was made with other settings: {', '.join(differences)}; give a new --run-name to start anew, "
+                         "or those settings to continue.")  # fmt: skip
+
+
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The entries of `now` that were otherwise: "name (then, not now)"; groups are named by their entries."""
+    lines = []
+    for key, value in now.items():
+        if isinstance(value, Mapping) and isinstance(before.get(key), Mapping):
+            lines += different(before[key], value)
+        elif before.get(key) != value:
+            lines.append(f"{key} ({before.get(key)}, not {value})")
+    return lines
