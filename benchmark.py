@@ -43,8 +43,8 @@ def parse() -> argparse.Namespace:
     meanings = (
         "forward: a method's forward pass against the dense one; data: features read per second against one file each; "
         "pack: memory of packing samples; eval: the evaluator's Fréchet distance against scipy.linalg.sqrtm, its precision "
-        "and recall against torch.cdist, its network under torch against TensorFlow; density: fixed against dynamic token density over "
-        "seeds, with flags of its own"
+        "and recall against torch.cdist, its network under torch against TensorFlow; "
+        "density: fixed against dynamic token density over seeds, with flags of its own"
     )
     parser.add_argument("what", choices=("forward", "data", "pack", "eval", "density"), help=meanings)
     parser.add_argument("--model", default="DiT-XL/2", help="backbone (forward; default: DiT-XL/2)")
