@@ -35,6 +35,7 @@ from runtime.sampling import (
     Checkpoint,
     CheckpointSettings,
     choose_checkpoint,
+    density_text,
     draw_labels,
     open_checkpoint,
     sample_pictures,
@@ -135,10 +136,10 @@ def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
         f"{checkpoint.model.replace('/', '-')}-{method}-{step}-size-{checkpoint.image_size}-cfg-{settings.cfg_scale}"
         f"-{settings.sampler}-{settings.num_sampling_steps}-seed-{settings.seed}"
     )
-    if checkpoint.trained_density is not None and settings.density:
+    asked = checkpoint.asked_density
+    if asked is not None:
         # File systems end names at 255 bytes.
-        short = settings.density if len(settings.density) <= 40 else hashlib.sha256(settings.density.encode()).hexdigest()[:12]
-        name += f"-density-{short}"
+        name += f"-density-{asked if len(asked) <= 40 else hashlib.sha256(asked.encode()).hexdigest()[:12]}"
     return re.sub(r"[^\w.-]+", "-", name)
 
 
@@ -146,14 +147,13 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
     """Everything a score must name to be reproduced."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     packages, network = ("torch", "diffusers", "numpy", "pillow"), checkpoint.network
-    sampled = density_text(network)
     return {
         "method": method_name(network),
         "model": checkpoint.model,
         "options": to_mapping(network.options),
         "density": {
-            "sampled": sampled,
-            "trained": checkpoint.trained_density or sampled,
+            "sampled": density_text(network),
+            "trained": checkpoint.trained_density,
             "note": checkpoint.density_note,
         },
         "gmacs_per_pass": mean_gmacs(network, respaced_timesteps(settings.num_sampling_steps)),
@@ -173,10 +173,6 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "device": gpu or "cpu",
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
     }
-
-
-def density_text(network: DiT) -> str | None:
-    return None if network.density is None else str(network.density)
 
 
 def hash_of(path: str) -> str | None:
@@ -208,7 +204,7 @@ def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
 
 
 def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
-    """A record from before token density in today's terms: its options by today's names, sampled as trained."""
+    """A record from before token density in today's terms: its options, whose grid was the density, by today's names."""
     if "density" in record:
         return record
     try:
@@ -216,19 +212,19 @@ def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
         options, density = to_mapping(plan.options), density_text(plan)
     except InputError:  # of another network, as the comparison will say
         options, density = record["options"], None
-    return {**record, "options": options, "density": {"sampled": density, "trained": density}}
+    return {**record, "options": options, "density": {"sampled": density}}
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the pictures of one set have in common.
 
     A larger count extends a set, machine and versions are for the reader to judge, and costs follow from the rest. A checkpoint
-    is its hash and step, wherever it lies, or the path where there is no hash.
+    is its hash and step, wherever it lies, or the path where there is no hash; the density it was trained with follows from it.
     """
     kept = {key: record[key] for key in record if key not in ("device", "versions", "count", "gmacs_per_pass")}
-    checkpoint, density = record["checkpoint"], record["density"]
+    checkpoint = record["checkpoint"]
     origin = checkpoint["sha256"] or checkpoint["path"], checkpoint["step"]
-    return {**kept, "density": (density["sampled"], density["trained"]), "checkpoint": origin}
+    return {**kept, "density": record["density"]["sampled"], "checkpoint": origin}
 
 
 def main() -> None:

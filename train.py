@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -45,7 +45,14 @@ from runtime.distributed import choose_precision, make_accelerator, promised_pro
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
 from runtime.networks import blueprint, build, describe, described, fit_weights, summary
-from runtime.resuming import check_resumable, resume_from, saved_header
+from runtime.resuming import (
+    check_resumable,
+    described_before,
+    network_of,
+    option_changes,
+    resume_from,
+    saved_header,
+)
 from runtime.sampling import SamplingSettings, picture_grid, sample_pictures
 from runtime.seeding import Keys, integers
 from runtime.settings import TrainingSettings, parse_training
@@ -81,6 +88,7 @@ class Prepared:
     state: Mapping[str, Tensor] | None  # pretrained weights, and how they are loaded
     loading: LoadingPlan | None
     origin: str | None
+    option_changes: Sequence[str]  # against the checkpoint of the same method that the run starts from
     grid_codec: CodecSpec | None
     header: Mapping[str, Any]
 
@@ -102,7 +110,11 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         learn_sigma=settings.learn_sigma,
         label_drop=settings.label_drop,
     )
-    network = blueprint(settings.method, backbone, options)
+    run = Path(settings.results_dir, settings.run_name or run_name(settings))
+    resume = resume_from(settings, run)
+    saved = saved_header(resume) if resume else None
+    before = saved["network"] if saved else described_before(settings)
+    network = network_of(settings, backbone, options, before)
     schedule = NoiseSchedule.linear()
     schedule.respaced(settings.sample_steps)
     objective = EpsilonObjective(schedule, settings.min_snr_gamma, settings.learn_sigma)
@@ -113,9 +125,6 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         "versions": versions(),
         "objective": "ddpm",
     }
-    run = Path(settings.results_dir, settings.run_name or run_name(settings))
-    resume = resume_from(settings, run)
-    saved = saved_header(resume) if resume else None
     groups_before = saved["settings"].get("density_groups", 1) if saved else None
     groups = number_of_groups(settings.density_groups, groups_before, len(network.training_plans()), shares)
     settings = replace(settings, density_groups=groups)
@@ -125,8 +134,11 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
     state, loading = fit_weights(weights, network) if weights else (None, None)
     origin = weights.origin if weights else None
+    changes = option_changes(before, network)
     held = hold(settings, run, resume)
-    return Prepared(settings, features, network, objective, run, held, resume, state, loading, origin, grid_codec, header)
+    return Prepared(
+        settings, features, network, objective, run, held, resume, state, loading, origin, changes, grid_codec, header
+    )
 
 
 def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] | None:
@@ -201,7 +213,7 @@ def opening_lines(
         f"{'fp32' if precision == 'no' else precision}, {trainer.last_step} steps, run folder {prepared.run}"
     )
     if len(trainer.plans) > 1:
-        yield groups_line(trainer.groups, processes, accumulation)
+        yield groups_line(trainer.groups, processes, accumulation, len(trainer.plans))
     yield from origin_lines(prepared, trainer.step, precision_note)
 
 
@@ -212,7 +224,8 @@ def origin_lines(prepared: Prepared, step: int, precision_note: str | None) -> l
         lines = [f"resumed from {prepared.resume} at step {step}"]
     elif loading:
         warnings = (f"WARNING: {warning}" for warning in loading.warnings)
-        lines = [f"{prepared.origin}: {loading.summary()}", *loading.notes, *warnings]
+        changes = [f"not as in {prepared.settings.pretrained}: {change}" for change in prepared.option_changes]
+        lines = [f"{prepared.origin}: {loading.summary()}", *changes, *loading.notes, *warnings]
     else:
         lines = ["weights newly initialised (--pretrained none)"]
     return lines + ([f"WARNING: {precision_note}"] if precision_note else [])

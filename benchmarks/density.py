@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.digits import EXTRACTION, ROOT, command, write_digits
 from benchmarks.held_out import all_latents, digit_vectors, held_out_losses, pooled_vectors, sampled_latents, split
-from benchmarks.paired_seeds import comparisons, show, spread
+from benchmarks.paired_seeds import SHOWN, comparisons, show, spread
 from data.features import open_features
 from data.manifest import MANIFEST, Manifest
 from diffusion.schedule import respaced_timesteps
@@ -85,8 +85,16 @@ class Experiment:
     def sampling(self) -> SamplingSettings:
         return SamplingSettings(cfg_scale=self.settings.cfg_scale, num_sampling_steps=self.settings.sampling_steps)
 
+    @property
+    def tasks(self) -> list[tuple[str, int]]:
+        """Arm and seed of every network, the dense one first."""
+        return [(DENSE, 0), *((arm, seed) for seed in range(self.settings.seeds) for arm in self.densities)]
+
     def run(self, arm: str, seed: int) -> Path:
         return self.output / "runs" / f"{arm}-{seed}"
+
+    def result(self, arm: str, seed: int) -> Path:
+        return self.output / "results" / f"{arm}-{seed}.json"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -119,13 +127,15 @@ def measure(settings: DensitySettings) -> dict[str, Any]:
     manifest = Manifest.read(source)
     experiment, networks = plan(settings, output, manifest, source)
     check_unchanged(experiment, manifest)
+    values = {task: read_values(experiment.result(*task)) for task in experiment.tasks if experiment.result(*task).exists()}
     split(source, output / "features", settings.held_out)
     print(f"pretraining {experiment.model}, then {settings.seeds} x {len(experiment.densities)} fine-tunings; train.py's words "
           f"go to {output / 'logs'}", flush=True)  # fmt: skip
     train(experiment, DENSE, 0)
-    values = measure_all(experiment)
+    values |= measure_rest(experiment, [task for task in experiment.tasks if task not in values])
     held.close()
-    return summarise(experiment, manifest, networks, values)
+    arms = {arm: [values[task] for task in experiment.tasks if task[0] == arm] for arm in networks}
+    return summarise(experiment, manifest, networks, arms)
 
 
 def extract_digits(output: Path) -> Path:
@@ -183,10 +193,62 @@ def check_unchanged(experiment: Experiment, manifest: Manifest) -> None:
     now = {**settings, **configs, "densities": dict(experiment.densities), "pictures": manifest.sha256}
     now = json.loads(json.dumps(now))  # as it will be read back
     note = experiment.output / "settings.json"
-    before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else now
-    if differ := [name for name in now if before.get(name) != now[name]]:
-        raise InputError(f"{experiment.output} holds an experiment with another {', '.join(differ)}; give another --output.")
+    if note.exists():
+        before = read_json(note, f"nobody knows how {experiment.output} was measured; delete that, or give another --output")
+        if differ := list(changes(before, now)):
+            raise InputError(f"{experiment.output} was started with {', and with '.join(differ)}; give that again, or another "
+                             "--output.")  # fmt: skip
     write_json(note, now)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What an experiment was started with and is not now, in words."""
+    for name, value in now.items():
+        earlier = before.get(name)
+        if earlier == value:
+            continue
+        if name.startswith("content of ") and earlier is None:
+            continue  # of another file, which is named
+        if name == "pictures":
+            yield "other pictures"
+        elif isinstance(value, Mapping) and isinstance(earlier, Mapping):
+            where = {"densities": "token density of "}.get(name, f"{name.removeprefix('content of ')}: ")
+            earlier, value = flat(earlier), flat(value)
+            for key in dict.fromkeys((*earlier, *value)):
+                if earlier.get(key) != value.get(key):
+                    yield f"{where}{key} {shown(earlier.get(key))}, not {shown(value.get(key))}"
+        else:
+            yield f"--{name.replace('_', '-')} {shown(earlier)}, not {shown(value)}"
+
+
+def flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and options of a training side by side."""
+    return {key: value for name, part in mapping.items()
+            for key, value in (part.items() if isinstance(part, Mapping) else [(name, part)])}  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def read_json(path: Path, therefore: str) -> Mapping[str, Any]:
+    """InputError where the file is no JSON mapping."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} is damaged, so {therefore}.")
+    return content
+
+
+def read_values(path: Path) -> dict[str, float]:
+    """The measures of a network that were written before."""
+    remedy = "delete it, and the same command measures that network again"
+    values = dict(read_json(path, remedy))
+    if not all(isinstance(values.get(name), float) for name in (*SHOWN, *values)):
+        raise InputError(f"{path} is damaged, so {remedy}.")
+    return values
 
 
 def execute(script: str, arguments: Sequence[object], log: Path, threads: int | None = None) -> None:
@@ -215,12 +277,12 @@ def train(experiment: Experiment, arm: str, seed: int) -> None:
     execute("train.py", arguments, experiment.output / "logs" / f"{run.name}.txt", None if arm == DENSE else 1)
 
 
-def measure_all(experiment: Experiment) -> dict[str, list[dict[str, float]]]:
-    """Arm -> the values of each seed, in order."""
-    settings = experiment.settings
-    tasks = [(DENSE, 0), *((arm, seed) for seed in range(settings.seeds) for arm in experiment.densities)]
-    jobs = settings.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, tqdm(total=len(tasks), desc="networks") as bar:
+def measure_rest(experiment: Experiment, tasks: Sequence[tuple[str, int]]) -> dict[tuple[str, int], dict[str, float]]:
+    """The values of the networks that have none yet, by arm and seed."""
+    jobs = experiment.settings.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    total = len(experiment.tasks)
+    bar = tqdm(total=total, initial=total - len(tasks), desc="networks")
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, bar:
         waiting = {pool.submit(measure_one, experiment, arm, seed): (arm, seed) for arm, seed in tasks}
         values = {}
         try:
@@ -230,16 +292,12 @@ def measure_all(experiment: Experiment) -> dict[str, list[dict[str, float]]]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    arms = (DENSE, *experiment.densities)
-    return {arm: [values[task] for task in tasks if task[0] == arm] for arm in arms}
+    return values
 
 
 def measure_one(experiment: Experiment, arm: str, seed: int) -> dict[str, float]:
-    """Trains one network, unless that is done, and measures its averaged weights: losses, Frechet distance, seconds."""
+    """Trains one network, unless that is done, and measures its averaged weights: losses and Frechet distance."""
     torch.set_num_threads(1)
-    target = experiment.output / "results" / f"{arm}-{seed}.json"
-    if target.exists():
-        return json.loads(target.read_text(encoding="utf-8"))
     train(experiment, arm, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(str(checkpoints(experiment.run(arm, seed))[-1]), None, None)
@@ -252,7 +310,7 @@ def measure_one(experiment: Experiment, arm: str, seed: int) -> dict[str, float]
         **held_out_losses(network, settings.min_snr_gamma, held_out, device),
         "frechet": frechet_distance(statistics_of(vectors(samples)), statistics_of(vectors(real))),
     }
-    write_json(target, values)
+    write_json(experiment.result(arm, seed), values)
     return values
 
 

@@ -13,6 +13,7 @@ Values = Sequence[Mapping[str, float]]
 """One mapping of measures for each seed."""
 
 CONFIDENCE = 0.95
+COLUMNS = ("GMACs, all t", "sampler's t")
 SHOWN = {"mse": "error of epsilon", "loss": "held-out loss", "frechet": "Frechet distance"}
 """Measure -> its title. The first is the one to judge by: no weight favours a part of the timesteps."""
 
@@ -65,7 +66,9 @@ def show(result: Mapping[str, Any]) -> str:
     settings, rows = result["settings"], result["rows"]
     trained, tokens = result["count"] - settings["held_out"], " x ".join(map(str, result["tokens"]))
     quarters = [name for name in rows["dense"]["measures"] if name.startswith("loss_at_t/")]
-    first = f"{'network':<18}{'density':<22}{'GMACs':>8}{'sampled':>9}"
+    titles = {arm: "dense (start)" if arm == "dense" else arm for arm in rows}
+    wide = max(22, *(len(row["density"] or "") + 2 for row in rows.values()))
+    first = f"{'network':<18}{'density':<{wide}}" + "".join(f"{title:>14}" for title in COLUMNS)
     lines = [
         f"{result['model']}, {tokens} tokens, {result['pictures']}: {trained:,} pictures for training, "
         f"{settings['held_out']:,} held out; {result['device']}, torch {result['torch']}",
@@ -75,17 +78,23 @@ def show(result: Mapping[str, Any]) -> str:
         first + "".join(f"{title:>22}" for title in SHOWN.values()),
     ]
     for arm, row in rows.items():
-        lines.append(f"{arm:<18}{row['density'] or '':<22}{row['gmacs_all_timesteps']:>8.4f}"
-                     f"{row['gmacs_sampled_timesteps']:>9.4f}" + measured(row, SHOWN))  # fmt: skip
+        lines.append(f"{titles[arm]:<18}{row['density'] or '':<{wide}}{row['gmacs_all_timesteps']:>14.4g}"
+                     f"{row['gmacs_sampled_timesteps']:>14.4g}" + measured(row, SHOWN))  # fmt: skip
     lines += ["", f"{'held-out loss at t':<18}{'':<22}" + "".join(f"{name.partition('/')[2]:>22}" for name in quarters)]
-    lines += [f"{arm:<40}{measured(row, quarters)}" for arm, row in rows.items()]
-    lines += ["", "paired differences over the seeds, with standard error; lower is better"]
-    lines += [sentence for compared in result["comparisons"] for sentence in compared["sentences"]]
+    lines += [f"{titles[arm]:<40}{measured(row, quarters)}" for arm, row in rows.items()]
+    if settings["seeds"] == 1:
+        lines += ["", "one seed: differences say nothing of noise"]
+    else:
+        lines += ["", "paired differences over the seeds, with standard error; lower is better"]
+        lines += [sentence for compared in result["comparisons"] for sentence in compared["sentences"]]
     lines += [
         "",
-        "GMACs: one pass, one picture; the mean over all timesteps, and over the sampler's. Error of epsilon: its mean square,",
-        "every timestep with equal weight and under its own grid. Held-out loss: the training objective, with the variational",
-        f"term and min-SNR gamma {settings['min_snr_gamma']}.",
+        "Dynamic minus fixed in error of epsilon was chosen as the comparison to judge by before any result; the others",
+        "explore.",
+        "Fixed-grouped: the grid of fixed, with timesteps drawn as dynamic draws them, each micro-batch within one interval.",
+        "GMACs: one pass of one picture, the mean over all timesteps and over the sampler's.",
+        "Error of epsilon: its mean square, every timestep with equal weight and under its own grid.",
+        f"Held-out loss: the training objective, with the variational term and min-SNR gamma {settings['min_snr_gamma']}.",
         f"Frechet distance: {settings['samples']:,} samples ({settings['sampling_steps']} DDPM steps, guidance "
         f"{settings['cfg_scale']}) to all {result['count']:,} pictures, on {result['compared']}; not an FID.",
     ]

@@ -104,7 +104,7 @@ class Split(NamedTuple):
         default = DEFAULT_SPLITS.get(backbone.depth)
         if default is None and None in given:
             missing = ", ".join(name for name, value in zip(cls._fields, given, strict=False) if value is None)
-            raise InputError(f"depth {backbone.depth} has no default split; give {missing}.")
+            raise InputError(f"depth {backbone.depth} has no default split (8, 12, 24 and 28 have); give {missing}.")
         chosen = [default[place] if default and value is None else value for place, value in enumerate(given)]
         if options.density is None:
             rows, columns = (max(1, min(8, side // 2)) for side in backbone.grid)
@@ -130,7 +130,7 @@ class Split(NamedTuple):
             raise InputError(
                 f"the split has {self.poolingformer_blocks} + {self.modules} x ({'+'.join(map(str, group))}) + "
                 f"{self.top_blocks} = {total} blocks and the backbone has {backbone.depth}; change poolingformer_blocks, "
-                "modules, module_blocks or top_blocks."
+                "modules, module_blocks or top_blocks, or give all four as none: by depth."
             )
 
     def layout(self) -> list[str]:

@@ -23,9 +23,12 @@ def number_of_groups(asked: int | None, saved: int | None, intervals: int, share
     """Density groups of a run: as asked for, as the run had before (`saved`), or one for each of `shares`, the parts of the
     global batch that are computed at once.
 
-    With one interval there is one group, and nothing depends on it.
+    With one interval there is one group, and nothing depends on it. InputError where more are asked for.
     """
     if intervals == 1:
+        if asked is not None and asked > 1:
+            raise InputError(f"--density-groups is {asked}, yet all timesteps have one token count and no group draws an "
+                             "interval; leave the flag out.")  # fmt: skip
         return 1
     return asked or saved or shares
 
@@ -35,9 +38,9 @@ def check_groups(groups: int, processes: int, accumulation: int) -> None:
     shares = processes * accumulation
     if groups < 1 or shares % groups:
         raise InputError(
-            f"{groups} density groups cannot be dealt to {processes} processes x {accumulation} accumulation steps; choose "
-            f"--gradient-accumulation so that the product is a multiple of {groups}, or for a new run a --density-groups "
-            f"that divides {shares}."
+            f"{groups} density groups cannot be dealt to {shares} parts of the batch (processes x accumulation steps, "
+            f"{processes} x {accumulation}); choose --gradient-accumulation so that the product is a multiple of {groups}, or "
+            f"for a new run a --density-groups that divides {shares}."
         )
 
 
@@ -62,10 +65,12 @@ def interval_of(intervals: Sequence[range], timestep: int) -> int:
     return next(place for place, timesteps in enumerate(intervals) if timestep in timesteps)
 
 
-def groups_line(groups: int, processes: int, accumulation: int) -> str:
-    """How the token counts of a step are dealt."""
+def groups_line(groups: int, processes: int, accumulation: int, intervals: int) -> str:
+    """How the token counts of a step are dealt, and what helps where a step does not meet all of the noise range."""
     shares = processes * accumulation
     counted = "1 density group" if groups == 1 else f"{groups} density groups"
-    if groups == shares:
-        return f"{counted}, one for every process and accumulation step"
-    return f"{counted}, one for every {shares // groups} of {shares} processes x accumulation steps"
+    each = f"{shares // groups} of {shares} processes x accumulation steps"
+    dealt = f"{counted}, one for every {'process and accumulation step' if groups == shares else each}"
+    if groups >= intervals:
+        return dealt
+    return f"{dealt}: a step learns from {groups} of {intervals} intervals at most; more --gradient-accumulation spreads it"

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may: the same settings, network and data give the same run."""
+"""What a run goes on or starts from: which checkpoint, what it says, and whether the run may continue it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models import Backbone, DiT
 from runtime.checkpoint import checkpoints, read_header
-from runtime.config import InputError
-from runtime.networks import describe, described
+from runtime.config import InputError, to_mapping
+from runtime.networks import blueprint, describe, described, method_name
 from runtime.settings import TrainingSettings, changed
 
 
@@ -41,6 +42,32 @@ def saved_header(path: Path) -> Mapping[str, Any]:
     if header is None or "settings" not in header:
         raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
     return header
+
+
+def described_before(settings: TrainingSettings) -> Mapping[str, Any] | None:
+    """What the checkpoint of ours that a new run starts from says of its network, where it is one."""
+    path = Path(settings.pretrained)
+    header = read_header(path) if path.suffix == ".safetensors" and path.is_file() else None
+    return (header or {}).get("network")
+
+
+def network_of(
+    settings: TrainingSettings, backbone: Backbone, given: Mapping[str, Any], before: Mapping[str, Any] | None
+) -> DiT:
+    """The blueprint of a run. Options that are not given are those of `before`, a network of the same method; else defaults."""
+    if before is None or before.get("method") != settings.method:
+        return blueprint(settings.method, backbone, given)
+    try:
+        return blueprint(settings.method, backbone, {**to_mapping(described(before).options), **given})
+    except InputError as error:
+        raise InputError(f"{error} (What was not given is as in the checkpoint.)") from None
+
+
+def option_changes(before: Mapping[str, Any] | None, network: DiT) -> list[str]:
+    """Options in which a network differs from the one `before`, of the same method: "name (then, not now)"."""
+    if before is None or before.get("method") != method_name(network):
+        return []
+    return different(to_mapping(described(before).options), to_mapping(network.options))
 
 
 def check_resumable(path: Path, saved: Mapping[str, Any], settings: TrainingSettings, now: Mapping[str, Any]) -> None:

@@ -37,7 +37,10 @@ class SamplingSettings:
     cfg_scale: float = option(1.5, "guidance scale; 1: none. 1.5 for scores, 4.0 for pictures")
     guidance_channels: Literal["3", "all"] = option("3", "channels that guidance acts on; 3 is DiT's published protocol")
     sampler: Literal["ddpm", "ddim"] = option("ddpm", "ancestral sampling, or DDIM with eta 0")
-    num_sampling_steps: str = option("250", "sampling steps: 250, or ddim25, or a list such as 10,15,20")
+    num_sampling_steps: str = option(
+        "250",
+        "sampling steps: 250, a list such as 10,15,20, or ddim25; ddim25 is a spacing alone: add --sampler ddim for its steps",
+    )
 
 
 @dataclass(frozen=True)
@@ -72,27 +75,31 @@ class Checkpoint:
     classes: Sequence[str] | None
     step: int | None
     kind: str  # "ema" or "raw"; "released" where the file does not say
-    trained_density: str | None = None  # where the network is sampled under another token density than trained with
+    trained_density: str | None = None  # None where the file does not say, or the method has none
+    asked_density: str | None = None  # --density as given, except where it is what the file says
 
     def under_density(self, density: str) -> Checkpoint:
-        """The same weights under a token density, unchanged where that keeps the same tokens at every timestep.
+        """The same weights under a token density, unchanged where they were trained with the same tokens at every timestep.
 
         InputError where the method has none or the map has fewer tokens. No weight's shape depends on a density.
         """
         other, there = with_density(self.network, density), self.network
-        if all(other.plan(t) == there.plan(t) for t in range(TIMESTEPS)):
+        if self.trained_density is not None and all(other.plan(t) == there.plan(t) for t in range(TIMESTEPS)):
             return self
-        return replace(self, network=other, trained_density=str(there.density))
+        return replace(self, network=other, asked_density=density)
 
     @property
     def density_note(self) -> str | None:
-        """One sentence where the network is sampled under another token density than it was trained with."""
-        if self.trained_density is None:
+        """One sentence where the network is sampled under another token density than trained with, or nobody knows."""
+        sampled = self.network.density
+        if sampled is None:
             return None
-        trained = f"trained with {self.trained_density}"
-        if self.weights.header is None:
-            trained = f"of weights that do not say theirs (their authors trained with {self.trained_density})"
-        return f"Sampled under token density {self.network.density}, {trained}: scores are of this combination."
+        if self.trained_density is None:
+            chosen = "(the default); give --density if it was another" if self.asked_density is None else "(--density)"
+            return f"These weights do not say under which token density they were trained; sampled under {sampled} {chosen}."
+        if self.asked_density is None:
+            return None
+        return f"Sampled under token density {sampled}, trained with {self.trained_density}."
 
     def build(self) -> Checkpoint:
         """The same with its weights in a network on the CPU."""
@@ -148,6 +155,11 @@ def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint
     if settings.num_classes not in (None, there):
         raise InputError(f"{path} has {there} classes, not --num-classes {settings.num_classes}; leave the flag out.")
     return checkpoint, spec
+
+
+def density_text(network: DiT) -> str | None:
+    """The network's token density in the words of --density; None where its method has none."""
+    return None if network.density is None else str(network.density)
 
 
 def choose_checkpoint(settings: CheckpointSettings) -> str:
@@ -208,9 +220,9 @@ def _from_header(path: str, weights: Weights, model: str | None, image_size: int
     for name, asked, there in (("model", model, description["model"]), ("image-size", image_size, data["image_size"])):
         if asked is not None and asked != there:
             raise InputError(f"{path} holds a network for --{name} {there}, not {asked}; leave the flag out or correct it.")
-    kind = header.get("weights") or ("ema" if averaged else "raw")
-    return Checkpoint(described(description), weights, path, description["model"], data["image_size"], data["codec"],
-                      data["classes"], header["step"], kind)  # fmt: skip
+    kind, network = header.get("weights") or ("ema" if averaged else "raw"), described(description)
+    return Checkpoint(network, weights, path, description["model"], data["image_size"], data["codec"],
+                      data["classes"], header["step"], kind, density_text(network))  # fmt: skip
 
 
 def latent_side(weights: Weights) -> int | None:

@@ -39,7 +39,7 @@ class TrainingSettings:
     global_batch_size: int = option(256, "samples per optimizer step, over all processes and accumulation")
     gradient_accumulation: int = option(1, "forward passes per optimizer step and process")
     density_groups: int | None = option(
-        None, "parts of the global batch with a token count each; none: one for every process and accumulation step"
+        None, "parts of the batch with a token count each, where it varies; none: one a process and accumulation step"
     )
     learning_rate: float = option(1e-4, "AdamW's rate", flags=("--lr",))
     learning_rate_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up")
@@ -121,6 +121,7 @@ def parse_training(arguments: Sequence[str], prog: str = "train.py") -> tuple[Tr
     known, _ = first.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
     content = load_yaml(known.config) if known.config else {}
     method = method_class(str(known.method or content.get("method", TrainingSettings.method)))
+    refuse_options_of_others(arguments, method)
     parser = training_parser(method, prog)
     flags = vars(parser.parse_args(arguments))
     flags.pop("config", None)
@@ -138,6 +139,19 @@ def parse_training(arguments: Sequence[str], prog: str = "train.py") -> tuple[Tr
     settings = from_mapping(TrainingSettings, values, "settings")
     check(settings)
     return settings, {**file_options, **checked_values(method.options_type, given_options, "command line")}
+
+
+def refuse_options_of_others(arguments: Sequence[str], method: type[DiT]) -> None:
+    """InputError for a flag that only another method has."""
+
+    def flags(kind: type[DiT]) -> set[str]:
+        own = fields(kind.options_type)
+        return {flag for field in own for flag in ("--" + field.name.replace("_", "-"), *field.metadata["flags"])}
+
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    for name, kind in METHODS.items():
+        if wrong := sorted(given & (flags(kind) - flags(method))):
+            raise InputError(f"{wrong[0]} is a flag of --method {name}, which this is not; leave it out, or give the method.")
 
 
 def training_parser(method: type[DiT], prog: str) -> ArgumentParser:

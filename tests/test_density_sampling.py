@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,7 +212,7 @@ def test_a_checkpoint_is_sampled_under_another_density(fixed: Path, tmp_path: Pa
     assert "Sampled under" not in sampled(fixed, tmp_path / "trained").out
     assert list((tmp_path / "trained").glob("*.png")) == []  # one interval makes no plot
     said = sampled(fixed, tmp_path / "other", "--density", VARYING).out
-    note = f"Sampled under token density {VARYING}, trained with 2: scores are of this combination."
+    note = f"Sampled under token density {VARYING}, trained with 2."
     assert note in said
     made = record(tmp_path / "other")
     assert made["density"] == {"sampled": VARYING, "trained": "2", "note": note}
@@ -242,6 +243,24 @@ def test_the_name_of_a_set_tells_its_density(fixed: Path, tmp_path: Path) -> Non
     assert any(name.endswith("-density-3x2-2-0-2") for name in names)
 
 
+def many_intervals(first: str) -> str:
+    """A density of 300 intervals, too long for the name of a file."""
+    return ",".join([first, *("2" if place % 2 else "1" for place in range(1, 300))]) + "@" + ",".join(map(str, range(300)))
+
+
+def test_densities_of_many_intervals_leave_room_for_every_name(fixed: Path, tmp_path: Path) -> None:
+    densities = ["0.1:0.9/60", many_intervals("3"), many_intervals("4")]
+    for density in densities:
+        assert ".npz: arr_0 (1, 8, 8, 3)" in sampled(fixed, tmp_path, "--density", density, count=1).out
+    names = {path.name.removesuffix(".npz") for path in tmp_path.glob("*.npz")}
+    assert len(names) == len(densities)
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"{name}.density.png" for name in names}
+    assert max(len(name) for name in names) < 120
+    endings = sorted(name.rpartition("-density-")[2] for name in names)
+    assert "0.1-0.9-60" in endings
+    assert sum(re.fullmatch("[0-9a-f]{12}", ending) is not None for ending in endings) == 2
+
+
 def test_a_set_of_another_density_is_not_gone_on_with(fixed: Path, tmp_path: Path) -> None:
     sampled(fixed, tmp_path, "--sample-name", "set")
     result = call("sample_ddp", *words(fixed, tmp_path), "--sample-name", "set", "--density", "3")
@@ -258,15 +277,33 @@ def test_a_method_without_density_is_named(tmp_path: Path) -> None:
     assert record(tmp_path / "samples")["density"] == {"sampled": None, "trained": None, "note": None}
 
 
-def test_weights_that_do_not_say_their_density_are_said_not_to(tiny_vae: Path, tmp_path: Path) -> None:
-    """As the authors release theirs: no header, 8 x 8 sparse tokens, here 2 x 2."""
-    made = random_network("sparsedit", Backbone.named("DiT-T/2", (8, 8), num_classes=4))
-    torch.save(made.state_dict(), tmp_path / "released.pt")
-    flags = ["--model", "DiT-T/2", "--image-size", "64", "--vae", str(tiny_vae)]
-    said = sampled(tmp_path / "released.pt", tmp_path / "samples", *flags, "--density", "3", count=1).out
-    note = "token density 3, of weights that do not say theirs (their authors trained with 2)"
-    assert note in said
-    assert note in record(tmp_path / "samples")["density"]["note"]
+@pytest.fixture(scope="module")
+def released(tiny_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A file without our header, trained under a density that it does not say, and the flags to sample it."""
+    made = random_network("sparsedit", Backbone.named("DiT-T/2", (8, 8), num_classes=4), {"density": VARYING})
+    path = tmp_path_factory.mktemp("released") / "released.pt"
+    torch.save(made.state_dict(), path)
+    return path, ["--model", "DiT-T/2", "--image-size", "64", "--vae", str(tiny_vae)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "density", "ending"),
+    [
+        ([], "2", "under 2 (the default); give --density if it was another."),
+        (["--density", "2"], "2", "under 2 (--density)."),
+        (["--density", VARYING], VARYING, f"under {VARYING} (--density)."),
+    ],
+)
+def test_weights_that_do_not_say_their_density_are_said_not_to(
+    flags: list[str], density: str, ending: str, released: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    path, common = released
+    said = sampled(path, tmp_path, *common, *flags, count=1).out
+    made = record(tmp_path)["density"]
+    assert (made["sampled"], made["trained"]) == (density, None)
+    assert made["note"] == f"These weights do not say under which token density they were trained; sampled {ending}"
+    assert made["note"] in said
+    assert ("-density-" in next(tmp_path.glob("*.npz")).stem) is bool(flags)
 
 
 def test_sample_tells_and_follows_the_density(fixed: Path, tmp_path: Path) -> None:
@@ -301,13 +338,25 @@ def made_before(folder: Path, **options: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_a_set_from_before_of_weights_that_do_not_say_is_gone_on_with(released: tuple[Path, list[str]], tmp_path: Path) -> None:
+    path, flags = released
+    sampled(path, tmp_path, *flags, count=2)
+    made_before(tmp_path, sparse_grid=[2, 2])
+    sampled(path, tmp_path, *flags, count=3)
+    assert record(tmp_path)["count"] == 3
+    assert record(tmp_path)["density"]["trained"] is None
+    same = next(tmp_path.glob("*.npz")).stem
+    other = call("sample_ddp", *words(path, tmp_path), *flags, "--density", "3", "--sample-name", same)
+    assert "made with another options, density; give" in other.err
+
+
 @pytest.mark.parametrize("bug", [False, True])
 def test_a_set_from_before_is_gone_on_with(bug: bool, fixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: records are compared as they stand."""
     sampled(fixed, tmp_path)
     made_before(tmp_path, sparse_grid=[2, 2])
     if bug:
-        density = {"density": {"sampled": "2", "trained": "2"}}
+        density = {"density": {"sampled": "2"}}
         monkeypatch.setattr(sample_ddp, "upgraded", lambda before, network: {**density, **before})
     result = call("sample_ddp", *words(fixed, tmp_path, 9))
     assert (result.code == 0) is not bug, result.err
@@ -338,4 +387,14 @@ def test_the_benchmark_times_the_plan_of_a_timestep(timestep: int) -> None:
     model = METHODS["sparsedit"](Backbone.named("DiT-T/2", (8, 8)), METHODS["sparsedit"].options_type(density="3,1@0,500"))
     assert result["rows"]["sparsedit"]["gmacs"] == model.macs(model.plan(timestep)) / 1e9
     assert result["macs_ratio"] == result["rows"]["sparsedit"]["gmacs"] / result["rows"]["dense"]["gmacs"]
-    assert f"timestep {timestep}" in forward.show(result)
+    grid, mean = "3x3" if timestep == 0 else "1x1", f"{model.mean_macs() / 1e9:.4g} GMACs in the mean over all 1,000 timesteps"
+    shown = forward.show(result)
+    assert f"token density 3,1@0,500: {grid} at timestep {timestep}; {mean}" in shown
+    assert f" {model.macs(model.plan(timestep)) / 1e9:.4g} " in shown
+
+
+@pytest.mark.parametrize(("method", "density"), [("sparsedit", "3"), ("dense", None)])
+def test_the_benchmark_names_no_mean_where_nothing_varies(method: str, density: str | None) -> None:
+    shown = forward.show(forward.measure("DiT-T/2", method, {} if density is None else {"density": density}, 8, 1, 1, 0))
+    assert "in the mean" not in shown
+    assert ("token density 3: 3x3 at timestep 0" in shown) is (density is not None)

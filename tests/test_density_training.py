@@ -53,7 +53,7 @@ def test_before_the_first_step_it_says_what_each_interval_costs(words: list[str]
 
 
 def test_a_fixed_density_speaks_of_no_groups(words: list[str], tmp_path: Path) -> None:
-    said = succeed("train", *words, "--density", "2", "--max-steps", "3", "--density-groups", "2").out
+    said = succeed("train", *words, "--density", "2", "--max-steps", "3").out
     assert "density group" not in said
     assert not (tmp_path / "run" / "density.png").exists()
     assert header_at(tmp_path / "run")["settings"]["density_groups"] == 1
@@ -217,7 +217,7 @@ def test_a_resumed_run_keeps_its_groups(words: list[str], whole: Path, tmp_path:
     refused(call("train", *words, "--density-groups", "1"), "density_groups (2, not 1)")
     refused(call("train", *words, "--density", "2"), "density (4,3,2,1@0,150,500,750, not 2)", "--run-name")
     alone = call("train", *words, "--gradient-accumulation", "1")
-    refused(alone, "2 density groups cannot be dealt to 1 processes x 1 accumulation steps", "--gradient-accumulation")
+    refused(alone, "2 density groups cannot be dealt to 1 parts of the batch", "--gradient-accumulation")
     monkeypatch.undo()
     succeed("train", *words, "--gradient-accumulation", "4")
     assert header_at(run)["settings"]["density_groups"] == 2
@@ -246,10 +246,11 @@ def test_a_checkpoint_from_before_token_density_resumes(words: list[str], tmp_pa
 
 def test_groups_that_cannot_be_dealt_are_refused_first(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "build", lambda plan: pytest.fail("a network was built"))
-    refused(call("train", *words, "--density-groups", "3"), "3 density groups", "1 processes x 2 accumulation")
+    refused(call("train", *words, "--density-groups", "3"), "3 density groups", "accumulation steps, 1 x 2)")
     refused(call("train", *words, "--density-groups", "0"), "--density-groups is 0")
+    refused(call("train", *words, "--density", "2", "--density-groups", "2"), "--density-groups is 2", "one token count")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    refused(call("train", *words, "--density-groups", "16"), "4 processes x 2 accumulation steps", "divides 8")
+    refused(call("train", *words, "--density-groups", "16"), "accumulation steps, 4 x 2)", "divides 8")
 
 
 def test_a_fixed_network_is_tuned_into_a_dynamic_one(words: list[str], tmp_path: Path) -> None:
@@ -259,9 +260,23 @@ def test_a_fixed_network_is_tuned_into_a_dynamic_one(words: list[str], tmp_path:
     succeed("train", *words, "--density", "2", "--pretrained", tmp_path / "released.pt", "--run-name", "fixed")
     trained = checkpoints(tmp_path / "fixed")[-1]
     said = succeed("train", *words, "--pretrained", trained, "--density", "0.61:0.86", "--max-steps", "1", "--lr", "1e-9").out
-    assert str(trained) in said
+    assert f"not as in {trained}: density (2, not " in said
     assert "tensors loaded from SparseDiT weights" in said
     assert "new:" not in said
     now, before = state_at(tmp_path / "run"), read_tensors(trained, "ema/")
     assert max(float((now[f"model/{name}"] - value).abs().max()) for name, value in before.items()) < 1e-7
     assert "@" in header_at(tmp_path / "run")["network"]["options"]["density"]
+
+
+def test_options_that_are_not_given_are_those_of_the_checkpoint(words: list[str], tmp_path: Path) -> None:
+    split = ["--poolingformer-blocks", "2", "--module-blocks", "1,2,1,1"]
+    succeed("train", *words, *split, "--max-steps", "1", "--run-name", "first")
+    bare = [word for word in words if word not in ("--density", DENSITY)]
+    started = [*bare, "--pretrained", checkpoints(tmp_path / "first")[-1], "--run-name", "second"]
+    said = succeed("train", *started, "--max-steps", "1").out
+    assert "not as in" not in said
+    succeed("train", *started, "--max-steps", "2")  # the same command goes on
+    first, second = (header_at(tmp_path / name)["network"]["options"] for name in ("first", "second"))
+    assert first == second
+    assert second["density"] == DENSITY
+    assert second["module_blocks"] == [1, 2, 1, 1]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.schedule import NoiseSchedule, at, linear_betas, respaced_timesteps
+from models.token_density import TIMESTEPS
 from runtime.config import InputError
 
 
@@ -52,6 +53,10 @@ def test_a_respacing_of_a_respacing_keeps_original_timesteps(first, second):
         np.testing.assert_allclose(
             twice.alphas_cumprod, NoiseSchedule.linear().alphas_cumprod[list(twice.timesteps)], rtol=1e-9
         )
+
+
+def test_plans_and_schedule_count_the_same_timesteps():
+    assert len(NoiseSchedule.linear()) == TIMESTEPS
 
 
 def test_known_respacings():

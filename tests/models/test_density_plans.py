@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 
 import pytest
@@ -38,10 +38,27 @@ def batch_at(model: DiT, t: Sequence[int]) -> Inputs:
 
 @every_method
 @pytest.mark.parametrize("size", SIZES)
-def test_training_plans_cover_every_timestep_once_and_are_those_of_sampling(method: str, size: str) -> None:
+def test_training_plans_cover_every_timestep_once(method: str, size: str) -> None:
+    """And are those of sampling where there is a density; a method may as well train in another way than it samples."""
     model = blueprint(method, SIZES[size], {})
     plans = [(t, plan) for timesteps, plan in model.training_plans() for t in timesteps]
-    assert plans == [(t, model.plan(t)) for t in range(1000)]
+    assert [t for t, _ in plans] == [*range(1000)]
+    if model.density is not None:
+        assert plans == [(t, model.plan(t)) for t in range(1000)]
+
+
+def varying_wrongly(models: Iterable[DiT]) -> list[DiT]:
+    """The networks that do not say rightly whether their plans differ."""
+    return [model for model in models if model.plan_varies is (len({model.plan(t) for t in range(1000)}) == 1)]
+
+
+def test_a_network_says_whether_its_plans_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known-bad: intervals counted in place of grids."""
+    defaults = [blueprint(method, backbone, {}) for method in METHODS for backbone in SIZES.values()]
+    alike, *chosen = (blueprint("sparsedit", tiny(), {"density": text}) for text in ("5,5@0,500", "4", DYNAMIC, "0.3:0.9/4"))
+    assert varying_wrongly([*defaults, alike, *chosen]) == []
+    monkeypatch.setattr(SparseDiT, "plan_varies", property(lambda self: len(self.density.intervals) > 1))
+    assert varying_wrongly([alike, *chosen]) == [alike]
 
 
 @pytest.mark.parametrize("density", ["4", DYNAMIC, "0.3:0.9", "0.3:0.9/4", "8,8@0,500", "1,8,1@0,1,999"])

@@ -240,13 +240,6 @@ def test_a_group_is_a_contiguous_part_of_the_batch() -> None:
     assert {group_of(position, 256, 1) for position in range(256)} == {0}
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 8), (8, 1), (2, 4), (4, 2)])
-def test_the_same_positions_form_a_group_for_any_number_of_processes(processes: int, accumulation: int) -> None:
-    share = 16 // (processes * accumulation)
-    starts = [(micro * processes + rank) * share for micro in range(accumulation) for rank in range(processes)]
-    assert sorted((start, group_of(start, 16, 4)) for start in starts) == [(start, start // 4) for start in range(0, 16, share)]
-
-
 @pytest.mark.parametrize(("groups", "processes", "accumulation"), [(1, 1, 1), (1, 3, 1), (4, 2, 2), (2, 1, 4), (8, 8, 4)])
 def test_groups_that_can_be_dealt(groups: int, processes: int, accumulation: int) -> None:
     check_groups(groups, processes, accumulation)
@@ -254,7 +247,5 @@ def test_groups_that_can_be_dealt(groups: int, processes: int, accumulation: int
 
 @pytest.mark.parametrize(("groups", "processes", "accumulation"), [(2, 1, 1), (3, 2, 2), (16, 8, 1)])
 def test_groups_that_cannot_be_dealt_are_refused(groups: int, processes: int, accumulation: int) -> None:
-    with pytest.raises(
-        InputError, match=f"{groups} density groups .* {processes} processes x {accumulation}.*--density-groups"
-    ):
+    with pytest.raises(InputError, match=f"{groups} density groups .* {processes} x {accumulation}.*--density-groups"):
         check_groups(groups, processes, accumulation)
