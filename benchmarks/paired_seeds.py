@@ -66,6 +66,8 @@ def show(result: Mapping[str, Any]) -> str:
     settings, rows = result["settings"], result["rows"]
     trained, tokens = result["count"] - settings["held_out"], " x ".join(map(str, result["tokens"]))
     quarters = [name for name in rows["dense"]["measures"] if name.startswith("loss_at_t/")]
+    alone = settings["seeds"] == 1
+    seeds = "1 seed" if alone else f"{settings['seeds']} seeds: mean +- standard deviation"
     titles = {arm: "dense (start)" if arm == "dense" else arm for arm in rows}
     wide = max(22, *(len(row["density"] or "") + 2 for row in rows.values()))
     first = f"{'network':<18}{'density':<{wide}}" + "".join(f"{title:>14}" for title in COLUMNS)
@@ -73,7 +75,7 @@ def show(result: Mapping[str, Any]) -> str:
         f"{result['model']}, {tokens} tokens, {result['pictures']}: {trained:,} pictures for training, "
         f"{settings['held_out']:,} held out; {result['device']}, torch {result['torch']}",
         f"dense: {settings['pretraining_steps']:,} steps. The others start from it: {settings['steps']:,} steps, "
-        f"{settings['gradient_accumulation']} micro-batches a step, {settings['seeds']} seeds: mean +- standard deviation",
+        f"{settings['gradient_accumulation']} micro-batches a step, {seeds}",
         "",
         first + "".join(f"{title:>22}" for title in SHOWN.values()),
     ]
@@ -82,7 +84,7 @@ def show(result: Mapping[str, Any]) -> str:
                      f"{row['gmacs_sampled_timesteps']:>14.4g}" + measured(row, SHOWN))  # fmt: skip
     lines += ["", f"{'held-out loss at t':<18}{'':<22}" + "".join(f"{name.partition('/')[2]:>22}" for name in quarters)]
     lines += [f"{titles[arm]:<40}{measured(row, quarters)}" for arm, row in rows.items()]
-    if settings["seeds"] == 1:
+    if alone:
         lines += ["", "one seed: differences say nothing of noise"]
     else:
         lines += ["", "paired differences over the seeds, with standard error; lower is better"]

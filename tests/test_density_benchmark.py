@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import ROOT, succeed, write_features
+from small_runs import ROOT, header_at, succeed, write_features
 from torch import Tensor
 
 import benchmark
@@ -24,7 +24,6 @@ from data.latents import PIXELS
 from data.manifest import FeatureSettings, Manifest, verify_checksums
 from diffusion.schedule import NoiseSchedule
 from models.token_density import TokenDensity
-from runtime.checkpoint import read_header
 from runtime.config import InputError
 
 CPU = torch.device("cpu")
@@ -179,20 +178,63 @@ def test_the_experiment_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert [*result["rows"]] == ["dense", "fixed", "fixed-grouped", "dynamic"]
     assert result["rows"]["dynamic"]["measures"]["loss"]["standard_deviation"] is None
-    assert "dynamic minus fixed is" in shown
-    assert "in one seed" in shown
-    draws = [
-        read_header(path)["settings"]["density_groups"] for path in sorted((tmp_path / "out").glob("runs/*/check*/*.saf*"))
-    ]
+    assert shown.count("dense (start)") == 2
+    assert "one seed: differences say nothing of noise" in shown
+    assert "paired differences" not in shown
+    assert all(
+        " minus " in sentence and sentence not in shown for pair in result["comparisons"] for sentence in pair["sentences"]
+    )
+    assert "Dynamic minus fixed in error of epsilon was chosen as the comparison to judge by before any result" in shown
+    draws = [header_at(run)["settings"]["density_groups"] for run in sorted((tmp_path / "out" / "runs").iterdir())]
     assert draws == [1, 4, 1, 4]  # dense, dynamic, fixed, fixed-grouped
     trained.clear()
     monkeypatch.setattr(sys, "argv", [*words, "--seeds", "2"])
     benchmark.main()
     assert trained == ["dense-0", "fixed-1", "fixed-grouped-1", "dynamic-1"]  # the dense one to see that it is done
-    assert "+-" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*words, "--steps", "3"])
-    with pytest.raises(InputError, match="an experiment with another steps; give another --output"):
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert "one seed" not in shown
+    assert all(sentence in shown for pair in result["comparisons"] for sentence in pair["sentences"])
+    assert paired_seeds.show(result) in shown
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "3", "--cfg-scale", "2"])
+    with pytest.raises(InputError, match=r"was started with --steps 2, not 3, and with --cfg-scale 1.5, not 2.0; give that"):
         benchmark.main()
+    trained.clear()
+    monkeypatch.setattr(sys, "argv", words)
+    written = tmp_path / "out" / "results" / "dynamic-0.json"
+    for damaged in (written.read_text()[:30], "{}", '{"loss": "low"}'):
+        written.write_text(damaged)
+        with pytest.raises(InputError, match=r"results/dynamic-0.json is damaged, so delete it, and the same command"):
+            benchmark.main()
+    assert trained == []
+
+
+@pytest.mark.parametrize("edited", ["dense", "sparse"])
+def test_an_edited_configuration_is_noticed(edited: str, tmp_path: Path) -> None:
+    """Whose name tells nothing. What leaves every setting as it was is no change."""
+    files = {name: tmp_path / f"{name}.yaml" for name in ("dense", "sparse")}
+    for name, file in files.items():
+        file.write_text(f"method: {name.replace('sparse', 'sparsedit')}\nlearning_rate: 1e-3\n")
+    source = write(tmp_path / "source", 60)
+    manifest = Manifest.read(source)
+    settings = DensitySettings(dense_config=str(files["dense"]), sparse_config=str(files["sparse"]))
+
+    def check() -> None:
+        density.check_unchanged(density.plan(settings, tmp_path, manifest, source)[0], manifest)
+
+    check()
+    check()
+    before = files[edited].read_text()
+    files[edited].write_text(f"# the same\n{before}".replace("1e-3", "0.001"))
+    check()
+    files[edited].write_text(before.replace("1e-3", "2e-3"))
+    with pytest.raises(InputError, match=rf"was started with {files[edited]}: learning_rate 0.001, not 0.002; give that again"):
+        check()
+    files[edited].write_text(before)
+    check()
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(InputError, match=r"settings.json is damaged, so nobody knows how"):
+        check()
 
 
 def test_a_script_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
