@@ -103,8 +103,9 @@ class Split(NamedTuple):
         given = (options.poolingformer_blocks, options.modules, options.module_blocks, options.top_blocks)
         default = DEFAULT_SPLITS.get(backbone.depth)
         if default is None and None in given:
+            known = ", ".join(map(str, sorted(DEFAULT_SPLITS)))
             missing = ", ".join(name for name, value in zip(cls._fields, given, strict=False) if value is None)
-            raise InputError(f"depth {backbone.depth} has no default split (8, 12, 24 and 28 have); give {missing}.")
+            raise InputError(f"depth {backbone.depth} has no default split ({known} have); give {missing}.")
         chosen = [default[place] if default and value is None else value for place, value in enumerate(given)]
         if options.density is None:
             rows, columns = (max(1, min(8, side // 2)) for side in backbone.grid)
