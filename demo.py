@@ -31,7 +31,7 @@ from metrics.frechet import frechet_distance, statistics_of
 from models import DiT
 from runtime.checkpoint import checkpoints
 from runtime.config import ArgumentParser, run_script
-from runtime.files import atomic_write, write_json
+from runtime.files import atomic_write, check_writable, write_json
 from runtime.networks import mean_gmacs, method_name
 from runtime.sampling import Checkpoint, SamplingSettings, load_checkpoint, picture_grid, sample_latents
 
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier demo left there and start over")
     chosen = parser.parse_args()
     output = Path(chosen.output).resolve()
+    check_writable(output, "--output")
     if chosen.fresh:
         for name in ("pictures", "features", "results", "samples"):  # nothing else: the folder is the user's
             shutil.rmtree(output / name, ignore_errors=True)

@@ -26,7 +26,7 @@ from data.latents import CodecSpec, load_codec
 from diffusion.schedule import respaced_timesteps
 from models import DiT
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
-from runtime.density_report import draw_density
+from runtime.density_report import record_density
 from runtime.distributed import make_state, set_numerics
 from runtime.files import check_new_file, check_writable, lock, sha256, write_json
 from runtime.networks import blueprint, mean_gmacs, method_name
@@ -80,7 +80,7 @@ def sample(settings: SampleSettings) -> None:
         begin(target, protocol(settings, checkpoint, spec, state.device), network)
         print("\n".join(checkpoint.lines(settings.num_sampling_steps)))
         if network.plan_varies:
-            draw_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
+            record_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
         print(
             f"{settings.num_fid_samples} pictures of {checkpoint.image_size} x {checkpoint.image_size} into {target}",
             flush=True,

@@ -40,7 +40,7 @@ from runtime.checkpoint import (
 )
 from runtime.config import ArgumentParser, InputError, run_script, to_mapping
 from runtime.density_groups import check_groups, groups_line, number_of_groups
-from runtime.density_report import density_lines, draw_density
+from runtime.density_report import density_lines, draw_density, record_density
 from runtime.distributed import choose_precision, make_accelerator, promised_processes, set_numerics
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
@@ -126,6 +126,8 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         "objective": "ddpm",
     }
     groups_before = saved["settings"].get("density_groups", 1) if saved else None
+    if saved and not (isinstance(groups_before, int) and groups_before > 0):
+        raise InputError(f"{resume}: the checkpoint's header is damaged; copy the file again.")
     groups = number_of_groups(settings.density_groups, groups_before, len(network.training_plans()), shares)
     settings = replace(settings, density_groups=groups)
     if resume and saved:
@@ -184,7 +186,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         for line in opening_lines(prepared, network, trainer, precision, precision_note):
             say(line)
         if len(trainer.plans) > 1:
-            draw_density(network, run / "density.png", SamplingSettings().num_sampling_steps)
+            record_density(network, run / "density.png", SamplingSettings().num_sampling_steps)
     trainer.run()
     # The data-parallel wrapper must not be the process group's last owner: its destructor would join gloo's threads while it
     # holds the interpreter lock that they need, and the process would never end.

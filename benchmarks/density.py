@@ -9,9 +9,13 @@ draws do. Measured: the loss on pictures kept from training, and the Frechet dis
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -43,6 +48,7 @@ DENSITIES = {4: ("2", "3,2,1@0,250,583"), 8: ("4", "5,4,3@0,350,550"), 16: ("8",
 """Side of the token map -> fixed and dynamic density with the same mean number of tokens."""
 EQUAL = 0.01
 """How far mean multiply-accumulates may lie apart and still count as equal compute."""
+NOTE = "settings.json"
 MAY_CHANGE = ("seeds", "output", "jobs")
 """Settings that do not alter what is measured: a repeated command may change them."""
 
@@ -106,7 +112,14 @@ def main(arguments: Sequence[str]) -> None:
         least, given = 2 if name == "samples" else 1, getattr(settings, name)
         if given is not None and given < least:
             raise InputError(f"--{name.replace('_', '-')} is {given}; it must be at least {least}.")
-    result = measure(settings)
+    if not math.isfinite(settings.cfg_scale):
+        raise InputError(f"--cfg-scale is {settings.cfg_scale}; it must be finite.")
+    # An exception ends the trainings too; a plain SIGTERM would leave them running.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        result = measure(settings)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     write_json(Path(settings.output, "result.json"), result)
     text = show(result)
     Path(settings.output, "table.txt").write_text(text + "\n", encoding="utf-8")
@@ -126,9 +139,11 @@ def measure(settings: DensitySettings) -> dict[str, Any]:
         raise InputError(f"--features: {source} holds no {MANIFEST}; give a folder made by extract_features.py.")
     manifest = Manifest.read(source)
     experiment, networks = plan(settings, output, manifest, source)
-    check_unchanged(experiment, manifest)
+    now = described(experiment, manifest)
+    check_unchanged(output, now)
     values = {task: read_values(experiment.result(*task)) for task in experiment.tasks if experiment.result(*task).exists()}
     split(source, output / "features", settings.held_out)
+    write_json(output / NOTE, now)
     print(f"pretraining {experiment.model}, then {settings.seeds} x {len(experiment.densities)} fine-tunings; train.py's words "
           f"go to {output / 'logs'}", flush=True)  # fmt: skip
     train(experiment, DENSE, 0)
@@ -182,23 +197,32 @@ def plan(settings: DensitySettings, output: Path, manifest: Manifest, source: Pa
     return Experiment(settings, output, model, manifest.image_size, parts / "training", parts / "held-out", densities), networks
 
 
-def check_unchanged(experiment: Experiment, manifest: Manifest) -> None:
-    """Notes what is measured, or InputError where the folder holds something measured otherwise."""
+def described(experiment: Experiment, manifest: Manifest) -> dict[str, Any]:
+    """Everything that decides what is measured, fit for JSON. InputError for configs that the experiment cannot use."""
     settings = {name: value for name, value in to_mapping(experiment.settings).items() if name not in MAY_CHANGE}
     # The files' names would not tell that somebody edited them between two seeds.
     configs = {}
     for name in ("dense_config", "sparse_config"):
         training, options = parse_training(["--config", settings[name]])
+        if (training.method == DENSE) != (name == "dense_config"):
+            raise InputError(f"--{name.replace('_', '-')} {settings[name]} is of --method {training.method}; the first network "
+                             "is dense, the others are not.")  # fmt: skip
+        micro_batches = 1 if name == "dense_config" else experiment.settings.gradient_accumulation
+        if training.global_batch_size % micro_batches:
+            raise InputError(f"--gradient-accumulation {micro_batches} does not divide {settings[name]}'s global_batch_size "
+                             f"{training.global_batch_size}; choose a divisor.")  # fmt: skip
         configs[f"content of {settings[name]}"] = {"settings": to_mapping(training), "options": options}
     now = {**settings, **configs, "densities": dict(experiment.densities), "pictures": manifest.sha256}
-    now = json.loads(json.dumps(now))  # as it will be read back
-    note = experiment.output / "settings.json"
+    return json.loads(json.dumps(now))  # as it will be read back
+
+
+def check_unchanged(output: Path, now: Mapping[str, Any]) -> None:
+    """InputError where the folder holds something measured otherwise."""
+    note = output / NOTE
     if note.exists():
-        before = read_json(note, f"nobody knows how {experiment.output} was measured; delete that, or give another --output")
+        before = read_json(note, f"nobody knows how {output} was measured; delete that, or give another --output")
         if differ := list(changes(before, now)):
-            raise InputError(f"{experiment.output} was started with {', and with '.join(differ)}; give that again, or another "
-                             "--output.")  # fmt: skip
-    write_json(note, now)
+            raise InputError(f"{output} was started with {', and with '.join(differ)}; give that again, or another --output.")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -290,6 +314,9 @@ def measure_rest(experiment: Experiment, tasks: Sequence[tuple[str, int]]) -> di
                 values[waiting[done]] = done.result()
                 bar.update()
         except BaseException:
+            for child in psutil.Process().children(recursive=True):  # what they did so far is in their checkpoints
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.terminate()
             pool.shutdown(cancel_futures=True)
             raise
     return values

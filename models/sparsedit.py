@@ -69,7 +69,7 @@ class SparseDiTOptions:
             name = "density" if older else key
             if name in renamed:
                 raise InputError("sparse_grid is the older name of density, and both are given; keep one of the two.")
-            renamed[name] = "x".join(map(str, value)) if name == "density" and isinstance(value, list | tuple) else value
+            renamed[name] = "x".join(map(str, value)) if older and isinstance(value, list | tuple) else value
         return renamed
 
 

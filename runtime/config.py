@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import os
+import re
 import sys
 import time
 import types
@@ -100,13 +101,16 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _unique_keys(loader: Any) -> Any:
-    """A YAML loader that refuses a key given twice, where PyYAML takes the last one without a word, and knows no base 60."""
+    """A YAML loader that refuses a key given twice, where PyYAML takes the last one silently, and whose numbers are decimal."""
 
     class UniqueKeys(loader):
         def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-            # YAML 1.1 reads 0:0.5 as a number of minutes and seconds; nobody means that, and pruning rates look like it.
+            # YAML 1.1 reads 0:0.5 as a number of minutes and seconds, 0x8 and 010 as other bases and 4_3 as 43: a token density
+            # looks like these, and nobody means them.
             tag = super().resolve(kind, value, implicit)
-            return "tag:yaml.org,2002:str" if tag.endswith((":int", ":float")) and ":" in value else tag
+            whole, number = tag.endswith(":int"), tag.endswith(":float")
+            odd = (whole and not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", value)) or (number and re.search("[:_]", value))
+            return "tag:yaml.org,2002:str" if odd else tag
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [self.construct_object(key, deep) for key, _ in node.value]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from diffusion.schedule import respaced_timesteps
 from models import DiT
 from models.token_density import TIMESTEPS, TokenDensity
+from runtime.config import InputError
 from runtime.files import atomic_write
 from runtime.networks import dense_blueprint, mean_gmacs
 
@@ -101,9 +102,11 @@ def draw_density(network: DiT, path: Path, steps: str) -> None:
     density = network.density
     if density is None:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError(f"{path} needs matplotlib, which is not installed; run `pip install -e .` again.") from None
     sampled = respaced_timesteps(steps)
     mean, dense = mean_gmacs(network, sampled), mean_gmacs(dense_blueprint(network))
     edges, full = [*density.starts, TIMESTEPS], network.backbone.tokens
@@ -131,6 +134,14 @@ def draw_density(network: DiT, path: Path, steps: str) -> None:
     with atomic_write(path) as temporary:
         # The default metadata names the version of matplotlib.
         canvas.print_png(temporary, metadata={"Software": None})
+
+
+def record_density(network: DiT, path: Path, steps: str) -> None:
+    """`draw_density` beside work that is more than the picture: what keeps it from being drawn is a warning."""
+    try:
+        draw_density(network, path, steps)
+    except (InputError, IsADirectoryError) as error:
+        print(f"WARNING: the token density is not drawn: {error}", flush=True)
 
 
 def _means(network: DiT, steps: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from small_runs import ROOT, header_at, succeed, write_features
@@ -25,6 +27,7 @@ from data.manifest import FeatureSettings, Manifest, verify_checksums
 from diffusion.schedule import NoiseSchedule
 from models.token_density import TokenDensity
 from runtime.config import InputError
+from runtime.files import write_json
 
 CPU = torch.device("cpu")
 CLASSES = 3
@@ -220,7 +223,9 @@ def test_an_edited_configuration_is_noticed(edited: str, tmp_path: Path) -> None
     settings = DensitySettings(dense_config=str(files["dense"]), sparse_config=str(files["sparse"]))
 
     def check() -> None:
-        density.check_unchanged(density.plan(settings, tmp_path, manifest, source)[0], manifest)
+        now = density.described(density.plan(settings, tmp_path, manifest, source)[0], manifest)
+        density.check_unchanged(tmp_path, now)
+        write_json(tmp_path / "settings.json", now)
 
     check()
     check()
@@ -235,6 +240,42 @@ def test_an_edited_configuration_is_noticed(edited: str, tmp_path: Path) -> None
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(InputError, match=r"settings.json is damaged, so nobody knows how"):
         check()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"dense_config": "configs/demo-sparsedit.yaml"}, "is of --method sparsedit; the first network is dense"),
+        ({"sparse_config": "configs/demo-dense.yaml"}, "unknown key 'density'"),
+        ({"gradient_accumulation": 3}, "--gradient-accumulation 3 does not divide .*global_batch_size 32"),
+        ({"held_out": 0}, "--held-out is 0"),
+    ],
+)
+def test_a_refused_experiment_leaves_no_settings_behind(chosen: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """The corrected command must not be told that something else stands there."""
+    settings = DensitySettings(features=str(write(tmp_path / "source", 60)), output=str(tmp_path / "out"), **chosen)
+    with pytest.raises(InputError, match=said):
+        density.measure(settings)
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def fails_or_waits(experiment: Any, arm: str, seed: int) -> dict[str, float]:
+    if arm == "fixed":
+        time.sleep(1)
+        raise InputError("this one failed")
+    time.sleep(600)
+    return {}
+
+
+def test_a_failure_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(density, "measure_one", fails_or_waits)
+    tasks = [("fixed", 0), ("dynamic", 0)]
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="this one failed"):
+        density.measure_rest(SimpleNamespace(settings=DensitySettings(jobs=2), tasks=tasks), tasks)
+    assert time.perf_counter() - started < 120
+    # The tracker of shared memory stays as long as this process.
+    assert not [child for child in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_a_script_that_fails_is_named_with_its_log(tmp_path: Path) -> None:

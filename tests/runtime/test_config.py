@@ -264,11 +264,14 @@ def test_yaml_exponents_are_numbers(tmp_path: Path) -> None:
     assert from_mapping(Example, load_yaml(path), str(path)) == Example(learning_rate=2e-4, grid=(8, 8))
 
 
-def test_yaml_knows_no_base_60(tmp_path: Path) -> None:
-    """PyYAML alone reads 0:0.75 as 0.75 seconds and 1:30 as 90."""
+def test_yaml_numbers_are_decimal(tmp_path: Path) -> None:
+    """PyYAML alone reads 0:0.75 as 0.75 seconds, 1:30 as 90, 0x8 and 010 as 8 and 4_3 as 43."""
     path = tmp_path / "run.yaml"
-    path.write_text("density: 0:0.75\ntimes: [1:30, 61:01.5]\nnumber: 8\nrate: 1.5\nquoted: '1:2'\n")
-    read = {"density": "0:0.75", "times": ["1:30", "61:01.5"], "number": 8, "rate": 1.5, "quoted": "1:2"}
+    path.write_text(
+        "density: 0:0.75\ntimes: [1:30, 61:01.5, 0x8, 010, 4_3, 1_0.5]\nnumber: 8\nrate: [1.5, -0.5, 0, -3, .inf]\n"
+    )
+    read = {"density": "0:0.75", "times": ["1:30", "61:01.5", "0x8", "010", "4_3", "1_0.5"], "number": 8}
+    read |= {"rate": [1.5, -0.5, 0, -3, float("inf")]}
     assert load_yaml(path) == read != yaml.safe_load(path.read_text())
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT, Plan
 from runtime import density_report
-from runtime.density_report import PUBLISHED, density_lines, draw_density, published_row
+from runtime.config import InputError
+from runtime.density_report import PUBLISHED, density_lines, draw_density, published_row, record_density
 from runtime.networks import blueprint, summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +128,20 @@ def test_the_plot_is_a_picture_of_the_same_bytes_every_time(tmp_path: Path) -> N
         assert np.asarray(picture.convert("L")).std() > 10
     draw_density(blueprint("dense", Backbone.named("DiT-XL/2", (32, 32)), {}), tmp_path / "dense.png", "250")
     assert not (tmp_path / "dense.png").exists()
+
+
+@pytest.mark.parametrize("hindrance", ["a folder in its place", "no matplotlib"])
+def test_a_picture_that_cannot_be_drawn_beside_other_work_is_a_warning(
+    hindrance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if hindrance == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(InputError, match=r"plot\.png needs matplotlib, which is not installed"):
+            draw_density(xl("8", 256), tmp_path / "plot.png", "10")
+    else:
+        (tmp_path / "plot.png").mkdir()
+    record_density(xl("8", 256), tmp_path / "plot.png", "10")
+    assert capsys.readouterr().out.startswith("WARNING: the token density is not drawn: ")
 
 
 def test_the_plot_shows_tokens_costs_mean_and_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
