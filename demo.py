@@ -37,7 +37,7 @@ from runtime.sampling import Checkpoint, SamplingSettings, load_checkpoint, pict
 
 COUNT, BATCH = 600, 200
 GUIDANCE, STEPS = 1.5, "50"
-TIMED, ROUNDS = 40, 5
+TIMED, ROUNDS = 100, 3
 ENLARGED, GAP = 5, 24
 LEAST_AGREEMENT, MOST_LOST, LEAST_SPEEDUP = 0.85, 0.05, 1.3
 EQUAL_COMPUTE = 0.01
