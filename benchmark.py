@@ -49,8 +49,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("what", choices=("forward", "data", "pack", "eval", "density"), help=meanings)
     parser.add_argument("--model", default="DiT-XL/2", help="backbone (forward; default: DiT-XL/2)")
     parser.add_argument("--method", default="sparsedit", choices=list(METHODS), help="candidate (forward; default: sparsedit)")
-    density = "sparse tokens, as train.py --density (forward; default: the method's)"
-    parser.add_argument("--density", "--sparse-grid", metavar="TEXT", help=density)
+    tokens = "sparse tokens, as train.py --density (forward; default: the method's)"
+    parser.add_argument("--density", "--sparse-grid", metavar="TEXT", help=tokens)
     timestep = "whose tokens are kept, 0 clean to 999 noise (forward; default: 0)"
     parser.add_argument("--timestep", type=int, default=0, metavar="N", help=timestep)
     parser.add_argument("--image-size", type=int, help="picture side (forward; default: 512; data, pack, eval: 256)")

@@ -33,7 +33,7 @@ from runtime.checkpoint import checkpoints
 from runtime.config import ArgumentParser, run_script
 from runtime.files import atomic_write, check_writable, write_json
 from runtime.networks import mean_gmacs, method_name
-from runtime.sampling import Checkpoint, SamplingSettings, load_checkpoint, picture_grid, sample_latents
+from runtime.sampling import Checkpoint, SamplingSettings, density_text, load_checkpoint, picture_grid, sample_latents
 
 COUNT, BATCH = 600, 200
 GUIDANCE, STEPS = 1.5, "50"
@@ -107,8 +107,7 @@ def compare(runs: Sequence[Path], samples: Sequence[Path]) -> list[Row]:
         asked = np.arange(len(vectors)) % 10
         network, agreement = checkpoint.network, float(np.mean(classifier.predict(vectors) == asked))
         distance = frechet_distance(statistics_of(vectors), statistics_of(digits.data))
-        density = None if network.density is None else str(network.density)
-        rows.append(Row(row_name(network), mean_gmacs(network, timesteps), speed, distance, agreement, density))
+        rows.append(Row(row_name(network), mean_gmacs(network, timesteps), speed, distance, agreement, density_text(network)))
     return rows
 
 

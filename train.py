@@ -44,10 +44,11 @@ from runtime.density_report import density_lines, draw_density, record_density
 from runtime.distributed import choose_precision, make_accelerator, promised_processes, set_numerics
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
-from runtime.networks import blueprint, build, describe, described, fit_weights, summary
+from runtime.networks import build, describe, described, fit_weights, summary
 from runtime.resuming import (
     check_resumable,
-    described_before,
+    network_before,
+    network_in,
     network_of,
     option_changes,
     resume_from,
@@ -113,7 +114,7 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
     resume = resume_from(settings, run)
     saved = saved_header(resume) if resume else None
-    before = saved["network"] if saved else described_before(settings)
+    before = network_in(resume, saved) if resume and saved else network_before(settings)
     network = network_of(settings, backbone, options, before)
     schedule = NoiseSchedule.linear()
     schedule.respaced(settings.sample_steps)
@@ -185,7 +186,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         write_json(run / "config.json", {"settings": to_mapping(settings), **prepared.header})
         for line in opening_lines(prepared, network, trainer, precision, precision_note):
             say(line)
-        if len(trainer.plans) > 1:
+        if network.plan_varies:
             record_density(network, run / "density.png", SamplingSettings().num_sampling_steps)
     trainer.run()
     # The data-parallel wrapper must not be the process group's last owner: its destructor would join gloo's threads while it
@@ -320,7 +321,7 @@ def plan(arguments: list[str]) -> None:
     channels, *latent_size = resolve_codec(settings.vae or "ema").latent_shape(settings.image_size)
     classes = settings.num_classes or 1000
     backbone = Backbone.named(settings.model, (latent_size[0], latent_size[1]), channels, classes, settings.learn_sigma)
-    network, steps = blueprint(settings.method, backbone, options), chosen.num_sampling_steps
+    network, steps = network_of(settings, backbone, options, network_before(settings)), chosen.num_sampling_steps
     respaced_timesteps(steps)
     if chosen.output and network.density is None:
         raise InputError(f"--output: --method {settings.method} has no token density to draw; leave the flag out.")

@@ -64,6 +64,7 @@ def verdict(first: str, second: str, found: Mapping[str, Any]) -> str:
 def show(result: Mapping[str, Any]) -> str:
     """The result as tables and sentences."""
     settings, rows = result["settings"], result["rows"]
+    gamma = "no min-SNR weight" if settings["min_snr_gamma"] is None else f"min-SNR gamma {settings['min_snr_gamma']}"
     trained, tokens = result["count"] - settings["held_out"], " x ".join(map(str, result["tokens"]))
     quarters = [name for name in rows["dense"]["measures"] if name.startswith("loss_at_t/")]
     alone = settings["seeds"] == 1
@@ -96,7 +97,7 @@ def show(result: Mapping[str, Any]) -> str:
         "Fixed-grouped: the grid of fixed, with timesteps drawn as dynamic draws them, each micro-batch within one interval.",
         "GMACs: one pass of one picture, the mean over all timesteps and over the sampler's.",
         "Error of epsilon: its mean square, every timestep with equal weight and under its own grid.",
-        f"Held-out loss: the training objective, with the variational term and min-SNR gamma {settings['min_snr_gamma']}.",
+        f"Held-out loss: the training objective, with the variational term and {gamma}.",
         f"Frechet distance: {settings['samples']:,} samples ({settings['sampling_steps']} DDPM steps, guidance "
         f"{settings['cfg_scale']}) to all {result['count']:,} pictures, on {result['compared']}; not an FID.",
     ]

@@ -168,7 +168,7 @@ class DiT(nn.Module):
     @property
     def plan_varies(self) -> bool:
         """Whether `plan` depends on the timestep."""
-        return False
+        return any(self.plan(t) != self.plan(0) for t in range(TIMESTEPS))
 
     def plan(self, t: int) -> Plan:
         """What the step at the original timestep t (0 .. 999) computes."""

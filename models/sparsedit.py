@@ -260,10 +260,6 @@ class SparseDiT(DiT):
     def density(self) -> TokenDensity:
         return self.split.density
 
-    @property
-    def plan_varies(self) -> bool:
-        return len(set(self.density.grids)) > 1
-
     def plan(self, t: int) -> Plan:
         return Plan(signature=("sparse grid", *self.density.grid_at(t)))
 

@@ -1,7 +1,7 @@
 """What a token density costs: a table for the terminal, a plot for the record.
 
-Works through `density`, `plan`, `macs` and `mean_macs` alone, for whatever method. GMACs are those of one image and one forward
-pass; guidance makes two passes of a step.
+Works through `density`, `plan`, `macs` and `mean_macs` for whatever method; only the paper's rows are told by options. GMACs
+are those of one image and one forward pass; guidance makes two passes of a step.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def density_lines(network: DiT, model: str, steps: str) -> list[str]:
     """
     density = network.density
     if density is None:
-        varies = any(network.plan(t) != network.plan(0) for t in range(TIMESTEPS))
-        return [_means(network, steps)] if varies else []
+        return [_means(network, steps)] if network.plan_varies else []
     full = network.backbone.tokens
     if len(density.intervals) == 1:
         tokens = _tokens(density)[0]
@@ -105,8 +104,8 @@ def draw_density(network: DiT, path: Path, steps: str) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise InputError(f"{path} needs matplotlib, which is not installed; run `pip install -e .` again.") from None
+    except ImportError:
+        raise InputError(f"{path} needs matplotlib, which cannot be imported; run `pip install -e .` again.") from None
     sampled = respaced_timesteps(steps)
     mean, dense = mean_gmacs(network, sampled), mean_gmacs(dense_blueprint(network))
     edges, full = [*density.starts, TIMESTEPS], network.backbone.tokens
@@ -140,7 +139,7 @@ def record_density(network: DiT, path: Path, steps: str) -> None:
     """`draw_density` beside work that is more than the picture: what keeps it from being drawn is a warning."""
     try:
         draw_density(network, path, steps)
-    except (InputError, IsADirectoryError) as error:
+    except (InputError, IsADirectoryError, PermissionError) as error:
         print(f"WARNING: the token density is not drawn: {error}", flush=True)
 
 

@@ -44,37 +44,46 @@ def saved_header(path: Path) -> Mapping[str, Any]:
     return header
 
 
-def described_before(settings: TrainingSettings) -> Mapping[str, Any] | None:
-    """What the checkpoint of ours that a new run starts from says of its network, where it is one."""
+def network_in(path: Path, header: Mapping[str, Any]) -> DiT:
+    """The blueprint of the network in a checkpoint of ours. InputError where the header does not describe one."""
+    try:
+        return described(header["network"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.") from None
+
+
+def network_before(settings: TrainingSettings) -> DiT | None:
+    """The blueprint of what a new run starts from, where that is a checkpoint of ours."""
     path = Path(settings.pretrained)
     header = read_header(path) if path.suffix == ".safetensors" and path.is_file() else None
-    return (header or {}).get("network")
+    return None if header is None else network_in(path, header)
 
 
-def network_of(
-    settings: TrainingSettings, backbone: Backbone, given: Mapping[str, Any], before: Mapping[str, Any] | None
-) -> DiT:
+def network_of(settings: TrainingSettings, backbone: Backbone, given: Mapping[str, Any], before: DiT | None) -> DiT:
     """The blueprint of a run. Options that are not given are those of `before`, a network of the same method; else defaults."""
-    if before is None or before.get("method") != settings.method:
+    if before is None or method_name(before) != settings.method:
         return blueprint(settings.method, backbone, given)
     try:
-        return blueprint(settings.method, backbone, {**to_mapping(described(before).options), **given})
+        return blueprint(settings.method, backbone, {**to_mapping(before.options), **given})
     except InputError as error:
+        blueprint(settings.method, backbone, given)  # what is given may be wrong by itself
         raise InputError(f"{error} (What was not given is as in the checkpoint.)") from None
 
 
-def option_changes(before: Mapping[str, Any] | None, network: DiT) -> list[str]:
+def option_changes(before: DiT | None, network: DiT) -> list[str]:
     """Options in which a network differs from the one `before`, of the same method: "name (then, not now)"."""
-    if before is None or before.get("method") != method_name(network):
+    if before is None or type(before) is not type(network):
         return []
-    return different(to_mapping(described(before).options), to_mapping(network.options))
+    return different(to_mapping(before.options), to_mapping(network.options))
 
 
 def check_resumable(path: Path, saved: Mapping[str, Any], settings: TrainingSettings, now: Mapping[str, Any]) -> None:
     """InputError when the checkpoint was made (`saved`) with settings, a network or data (`now`) that give another run."""
     differences = changed(saved["settings"], settings)
     # Built and described again, the network of an older checkpoint has today's options under today's names.
-    network = describe(described(saved["network"]), saved["network"]["model"])
+    network = describe(network_in(path, saved), saved["network"].get("model"))
     for before, part in ((network, "network"), (saved.get("data") or {}, "data")):
         known = {difference.partition(" ")[0] for difference in differences}
         differences += [line for line in different(before, now[part]) if line.partition(" ")[0] not in known]

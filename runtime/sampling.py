@@ -54,7 +54,8 @@ class CheckpointSettings(SamplingSettings):
     results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
     weights: Literal["ema", "raw"] = option("ema", "averaged or raw weights")
     density: str | None = option(
-        None, "sample under another token density than trained with, as train.py --density; none: the checkpoint's"
+        None,
+        "sample under another token density than trained with, as train.py --density; none: the checkpoint's, or the default",
     )
     num_classes: int | None = option(None, "checked against the checkpoint, which knows")
     vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")

@@ -39,7 +39,9 @@ class TrainingSettings:
     global_batch_size: int = option(256, "samples per optimizer step, over all processes and accumulation")
     gradient_accumulation: int = option(1, "forward passes per optimizer step and process")
     density_groups: int | None = option(
-        None, "parts of the batch with a token count each, where it varies; none: one a process and accumulation step"
+        None,
+        "parts of the batch with a token count each, where it varies; none: the resumed run's, or one a process and "
+        "accumulation step",
     )
     learning_rate: float = option(1e-4, "AdamW's rate", flags=("--lr",))
     learning_rate_schedule: Literal["constant", "cosine"] = option("constant", "after the warm-up")
@@ -146,7 +148,7 @@ def refuse_options_of_others(arguments: Sequence[str], method: type[DiT]) -> Non
 
     def flags(kind: type[DiT]) -> set[str]:
         own = fields(kind.options_type)
-        return {flag for field in own for flag in ("--" + field.name.replace("_", "-"), *field.metadata["flags"])}
+        return {flag for field in own for flag in ("--" + field.name.replace("_", "-"), *field.metadata.get("flags", ()))}
 
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
     for name, kind in METHODS.items():
@@ -158,14 +160,19 @@ def training_parser(method: type[DiT], prog: str) -> ArgumentParser:
     """The parser of train.py; the method's own flags are those of `--method`."""
     parser = ArgumentParser(
         "Trains a diffusion transformer, or fine-tunes one whose tokens are sparsified, on extracted latents.\n"
-        "The same command continues a run that was stopped. `train.py export CHECKPOINT OUTPUT` writes its weights alone.",
+        "The same command continues a run that was stopped. `train.py export CHECKPOINT OUTPUT` writes its weights alone,\n"
+        "`train.py plan` says what a network costs.",
         prog,
         epilog="Underscores may stand for dashes in every flag.",
     )
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of settings; flags win over it")
     parser.add_config(TrainingSettings)
     if fields(method.options_type):
-        parser.add_config(method.options_type, "options of the method (those of --method)")
+        title = (
+            "options of the method (those of --method); not given: as in the run that goes on, or in the checkpoint of ours "
+            "and this method in --pretrained, else the default"
+        )
+        parser.add_config(method.options_type, title)
     return parser
 
 

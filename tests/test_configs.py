@@ -95,7 +95,7 @@ def test_rows_of_varying_density(name: str) -> None:
     assert plan.mean_macs() / 1e9 == pytest.approx(gmacs, abs=0.005)
     row = published_row(plan, settings.model)
     assert row is not None
-    assert name.endswith(f"{row.image_size}-r{row.rates.replace('0.', '').replace(':', '-')}")
+    assert name.endswith(f"{8 * row.latent_side}-r{row.rates.replace('0.', '').replace(':', '-')}")
     said = path.read_text(encoding="utf-8")
     assert f"the paper prints {row.gmacs:g} (dense: {row.dense_gmacs:g}), here the mean over timesteps is {gmacs:.2f}" in said
     assert settings.max_steps == 400_000

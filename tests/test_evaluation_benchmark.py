@@ -78,7 +78,7 @@ def test_bad_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_memory_that_is_gone_again_has_been_seen() -> None:
     with watch_memory() as added:
-        block = np.ones(50_000_000, dtype=np.uint8)
+        block = np.ones(200_000_000, dtype=np.uint8)
         time.sleep(0.05)
         del block
-    assert 40 < added.megabytes < 100
+    assert 150 < added.megabytes < 300  # what earlier tests left is given back meanwhile

@@ -133,8 +133,8 @@ sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.m
 {code}
 """
 ABSENT = (
-    "accelerate", "diffusers", "huggingface_hub", "PIL", "psutil", "safetensors", "scipy", "tensorboard", "tensorflow", "tqdm",
-    "transformers", "yaml",
+    "accelerate", "diffusers", "huggingface_hub", "matplotlib", "PIL", "psutil", "safetensors", "scipy", "sklearn",
+    "tensorboard", "tensorflow", "tqdm", "transformers", "yaml",
 )  # fmt: skip
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from small_runs import call, succeed
+from small_runs import call, random_network, succeed
+
+from models import Backbone
+from runtime.checkpoint import save_checkpoint
+from runtime.networks import describe
 
 
 def test_it_says_the_cost_of_a_preset_and_draws_it(tmp_path: Path) -> None:
@@ -42,3 +46,17 @@ def test_wrong_input_is_answered_in_one_sentence(words: list[str], named: list[s
     assert result.code == 2
     assert all(name in result.err for name in named)
     assert "Traceback" not in result.err
+
+
+def test_a_checkpoint_to_start_from_is_followed(tmp_path: Path) -> None:
+    network = random_network("sparsedit", Backbone.named("DiT-T/2", (8, 8), num_classes=3), {"density": "4,3@0,500"})
+    header = {"network": describe(network, "DiT-T/2"), "data": {}, "step": 1}
+    save_checkpoint(tmp_path / "sparse.safetensors", network.state_dict(), header)
+    start = ["plan", "--model", "DiT-T/2", "--image-size", "64", "--pretrained", tmp_path / "sparse.safetensors"]
+    assert "token density 4,3@0,500" in succeed("train", *start).out
+    assert "token density 2: 2x2" in succeed("train", *start, "--density", "2").out
+    assert "2x2" in succeed("train", *start, "--density", "none").out
+    save_checkpoint(tmp_path / "sparse.safetensors", network.state_dict(), {**header, "network": {"method": "sparsedit"}})
+    damaged = call("train", *start)
+    assert damaged.code == 2
+    assert "sparse.safetensors: the checkpoint's header is damaged" in damaged.err

@@ -211,7 +211,7 @@ def test_two_processes_go_on_as_two_micro_batches(
     shutil.copytree(variants / "dynamic", tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "0000006.safetensors").unlink()
     words = [*training_flags(features, pretrained, tmp_path), *DYNAMIC, "--run-name", "run"]
-    assert "2 density groups cannot be dealt to 1 processes x 1" in call("train", *words).err
+    assert "2 density groups cannot be dealt to 1 parts of the batch" in call("train", *words).err
     assert "at step 4" in succeed("train", *words, "--gradient-accumulation", "2").out
     assert_equal_up_to_rounding(tmp_path / "run", dynamic)
 

@@ -136,7 +136,7 @@ def test_a_picture_that_cannot_be_drawn_beside_other_work_is_a_warning(
 ) -> None:
     if hindrance == "no matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(InputError, match=r"plot\.png needs matplotlib, which is not installed"):
+        with pytest.raises(InputError, match=r"plot\.png needs matplotlib, which cannot be imported"):
             draw_density(xl("8", 256), tmp_path / "plot.png", "10")
     else:
         (tmp_path / "plot.png").mkdir()
