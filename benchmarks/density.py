@@ -138,8 +138,8 @@ def measure(settings: DensitySettings) -> dict[str, Any]:
     if not (source / MANIFEST).is_file():
         raise InputError(f"--features: {source} holds no {MANIFEST}; give a folder made by extract_features.py.")
     manifest = Manifest.read(source)
-    experiment, networks = plan(settings, output, manifest, source)
-    now = described(experiment, manifest)
+    experiment, networks = set_up(settings, output, manifest, source)
+    now = conditions(experiment, manifest)
     check_unchanged(output, now)
     values = {task: read_values(experiment.result(*task)) for task in experiment.tasks if experiment.result(*task).exists()}
     split(source, output / "features", settings.held_out)
@@ -163,7 +163,7 @@ def extract_digits(output: Path) -> Path:
     return features
 
 
-def plan(settings: DensitySettings, output: Path, manifest: Manifest, source: Path) -> tuple[Experiment, dict[str, DiT]]:
+def set_up(settings: DensitySettings, output: Path, manifest: Manifest, source: Path) -> tuple[Experiment, dict[str, DiT]]:
     """The experiment and the blueprint of every network in it. InputError where fixed and dynamic do not cost the same."""
     model = settings.model or f"DiT-128x8x4/{settings.patch}"
     training, options = parse_training(["--config", settings.sparse_config, "--model", model])
@@ -197,7 +197,7 @@ def plan(settings: DensitySettings, output: Path, manifest: Manifest, source: Pa
     return Experiment(settings, output, model, manifest.image_size, parts / "training", parts / "held-out", densities), networks
 
 
-def described(experiment: Experiment, manifest: Manifest) -> dict[str, Any]:
+def conditions(experiment: Experiment, manifest: Manifest) -> dict[str, Any]:
     """Everything that decides what is measured, fit for JSON. InputError for configs that the experiment cannot use."""
     settings = {name: value for name, value in to_mapping(experiment.settings).items() if name not in MAY_CHANGE}
     # The files' names would not tell that somebody edited them between two seeds.

@@ -31,7 +31,8 @@ class LossAverages:
             self._steps += 1
             for name, value in self._step.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
-            self._by_interval += self._step_by_interval
+            if len(self.intervals) > 1:
+                self._by_interval += self._step_by_interval
         self._begin_step()
 
     def take(self) -> dict[str, float]:
@@ -62,4 +63,5 @@ class LossAverages:
 
     def _begin_step(self) -> None:
         self._step: dict[str, Tensor] = {}
-        self._step_by_interval = torch.zeros_like(self._by_interval)  # (2, intervals)
+        if len(self.intervals) > 1:  # where there is one, no step pays for it
+            self._step_by_interval = torch.zeros_like(self._by_interval)  # (2, intervals)

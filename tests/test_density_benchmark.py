@@ -103,7 +103,7 @@ def test_default_densities_cost_the_same() -> None:
 
 def planned(tmp_path: Path, **chosen: Any) -> density.Experiment:
     source = write(tmp_path / "source", 60)
-    return density.plan(DensitySettings(**chosen), tmp_path, Manifest.read(source), source)[0]
+    return density.set_up(DensitySettings(**chosen), tmp_path, Manifest.read(source), source)[0]
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -223,7 +223,7 @@ def test_an_edited_configuration_is_noticed(edited: str, tmp_path: Path) -> None
     settings = DensitySettings(dense_config=str(files["dense"]), sparse_config=str(files["sparse"]))
 
     def check() -> None:
-        now = density.described(density.plan(settings, tmp_path, manifest, source)[0], manifest)
+        now = density.conditions(density.set_up(settings, tmp_path, manifest, source)[0], manifest)
         density.check_unchanged(tmp_path, now)
         write_json(tmp_path / "settings.json", now)
 

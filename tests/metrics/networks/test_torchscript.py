@@ -61,9 +61,7 @@ class Outer(nn.Module):
         return self.layers(x) + self.inner(x).sum()
 
 
-class Writes(nn.Module):
-    """A module that restores itself, and leaves a file wherever that happens."""
-
+class WritesInForward(nn.Module):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2))
@@ -72,6 +70,10 @@ class Writes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         torch.save(x, self.path)
         return x
+
+
+class Writes(WritesInForward):
+    """A module that restores itself, and leaves a file wherever that happens."""
 
     @torch.jit.export
     def __getstate__(self) -> tuple[Tensor, str, bool]:
@@ -83,17 +85,6 @@ class Writes(nn.Module):
         self.path = state[1]
         self.training = state[2]
         torch.save(state[0], self.path)
-
-
-class WritesInForward(nn.Module):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2))
-        self.path = path
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch.save(x, self.path)
-        return x
 
 
 def saved(module: nn.Module, path: Path) -> Path:

@@ -1,0 +1,61 @@
+"""Pictures, and extract_features.py run on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import extract_features
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 pictures of three classes, of several sizes."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for index in range(23):
+        folder = root / "abc"[index % 3]
+        folder.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (generator.integers(8, 30), generator.integers(8, 30), 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:02}.png")
+    return root
+
+
+def flags(pictures: Path, features: Path, *more: str) -> list[str]:
+    return ["--data-path", str(pictures), "--features-path", str(features), "--image-size", "8", "--batch-size", "4",
+            "--num-workers", "2", *(more or ("--vae", "pixels"))]  # fmt: skip
+
+
+def extract(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The script's main, in this process."""
+    monkeypatch.setattr(sys, "argv", ["extract_features.py", *arguments])
+    extract_features.main()
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def digests(features: Path) -> dict[str, str]:
+    """Hash of each file of a finished cache."""
+    assert not (features / ".progress").exists()
+    assert not list(features.glob(".*.partial"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in features.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture
+def undisturbed(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    extract(monkeypatch, *flags(pictures, tmp_path / "undisturbed"))
+    result = digests(tmp_path / "undisturbed")
+    assert set(result) == {"latents.npy", "labels.npy", "sources.json", "manifest.json"}
+    return result
