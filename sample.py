@@ -15,7 +15,8 @@ from PIL import Image
 
 from data.latents import load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, nearest, option, run_script
-from runtime.distributed import make_state, set_numerics
+from runtime.distributed import make_state
+from runtime.execution import Executor, resolve_execution
 from runtime.files import atomic_write, check_new_file
 from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_pictures
 
@@ -46,15 +47,16 @@ def sample(settings: GridSettings) -> None:
         raise InputError(f"{settings.class_names} names {len(names)} classes, and the network has {num_classes}.")
     chosen = choose_classes(settings.class_labels, names, num_classes)
     device = make_state().device
-    set_numerics(settings.tf32)
+    execution = resolve_execution(settings, device)
     codec, checkpoint = load_codec(spec, device), checkpoint.build()
-    network = checkpoint.network.to(device)
-    print("\n".join(checkpoint.lines(settings.num_sampling_steps)), flush=True)
+    network = checkpoint.network
+    predict = Executor(network, execution)
+    print("\n".join((*checkpoint.lines(settings.num_sampling_steps), *execution.lines())), flush=True)
     labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])
     pictures = []
     for start in range(0, len(labels), settings.batch_size):
         index = torch.arange(start, min(len(labels), start + settings.batch_size))
-        pictures.append(sample_pictures(network, codec, settings, labels[index], index, settings.seed, device))
+        pictures.append(sample_pictures(network, codec, settings, labels[index], index, settings.seed, device, predict))
     grid = picture_grid(torch.cat(pictures), settings.columns)
     with atomic_write(settings.output) as temporary:
         Image.fromarray(grid.numpy()).save(temporary, format="png")

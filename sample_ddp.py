@@ -22,12 +22,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from data.latents import CodecSpec, load_codec
+from data.latents import Codec, CodecSpec, load_codec
+from diffusion.guidance import Predict
 from diffusion.schedule import respaced_timesteps
 from models import DiT
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
 from runtime.density_report import record_density
-from runtime.distributed import make_state, set_numerics
+from runtime.distributed import make_state
+from runtime.execution import Execution, Executor, resolve_execution
 from runtime.files import check_new_file, check_writable, lock, sha256, write_json
 from runtime.networks import blueprint, mean_gmacs, method_name
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
@@ -67,18 +69,19 @@ def sample(settings: SampleSettings) -> None:
     path = broadcast_object_list([choose_checkpoint(settings) if state.is_main_process else None])[0]
     checkpoint, spec = open_checkpoint(settings, str(path))
     check_writable(settings.sample_dir, "--sample-dir")
-    set_numerics(settings.tf32)
+    execution = resolve_execution(settings, state.device)
     codec = load_codec(spec, state.device)
     checkpoint = checkpoint.build()
-    network = checkpoint.network.to(state.device)
+    network = checkpoint.network
+    predict = Executor(network, execution)
     target = Path(settings.sample_dir, settings.sample_name or sample_name(settings, checkpoint))
     held = None
     if state.is_main_process:
         check_writable(target, "--sample-dir")
         check_new_file(f"{target}.npz", "--sample-dir")
         held = lock(target, f"{target} is being filled by another process; wait for it, or give another --sample-name.")
-        begin(target, protocol(settings, checkpoint, spec, state.device), network)
-        print("\n".join(checkpoint.lines(settings.num_sampling_steps)))
+        begin(target, protocol(settings, checkpoint, spec, execution), network)
+        print("\n".join((*checkpoint.lines(settings.num_sampling_steps), *execution.lines())))
         if network.plan_varies:
             record_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
         print(
@@ -86,7 +89,7 @@ def sample(settings: SampleSettings) -> None:
             flush=True,
         )
     state.wait_for_everyone()
-    sample_blocks(settings, network, codec, target, state)
+    sample_blocks(settings, network, predict, codec, target, state)
     state.wait_for_everyone()
     if state.is_main_process:
         packed = Path(f"{target}.npz")
@@ -99,7 +102,9 @@ def sample(settings: SampleSettings) -> None:
         held.close()
 
 
-def sample_blocks(settings: SampleSettings, network: Any, codec: Any, target: Path, state: PartialState) -> None:
+def sample_blocks(
+    settings: SampleSettings, network: DiT, predict: Predict, codec: Codec, target: Path, state: PartialState
+) -> None:
     """Samples the blocks of this process. Block b holds the pictures b * batch .. (b + 1) * batch - 1.
 
     Blocks are fixed, whoever computes them, and the last one is padded: the same batch size gives the same bytes for any
@@ -122,7 +127,7 @@ def sample_blocks(settings: SampleSettings, network: Any, codec: Any, target: Pa
             if missing:
                 index = torch.arange(block * batch, (block + 1) * batch)
                 labels = draw_labels(settings.labels, network.backbone.num_classes, settings.seed, index)
-                pictures = sample_pictures(network, codec, settings, labels, index, settings.seed, state.device)
+                pictures = sample_pictures(network, codec, settings, labels, index, settings.seed, state.device, predict)
                 for i in missing:
                     writer.write(i, pictures[i - block * batch])
             bar.update(len(wanted))
@@ -143,9 +148,9 @@ def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, device: torch.device) -> dict[str, Any]:
+def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, execution: Execution) -> dict[str, Any]:
     """Everything a score must name to be reproduced."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(execution.device) if execution.device.type == "cuda" else None
     packages, network = ("torch", "diffusers", "numpy", "pillow"), checkpoint.network
     return {
         "method": method_name(network),
@@ -161,7 +166,11 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "num_classes": network.backbone.num_classes,
         "checkpoint": {"path": checkpoint.path, "sha256": hash_of(checkpoint.path), "step": checkpoint.step},
         "weights": checkpoint.kind,
-        "guidance": {"scale": settings.cfg_scale, "channels": settings.guidance_channels},
+        "guidance": {
+            "scale": settings.cfg_scale,
+            "channels": settings.guidance_channels,
+            "interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
+        },
         "sampler": settings.sampler,
         "steps": settings.num_sampling_steps,
         "codec": to_mapping(spec),
@@ -169,7 +178,8 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "count": settings.num_fid_samples,
         "seed": settings.seed,
         "batch_size": settings.per_proc_batch_size,
-        "precision": "tf32" if gpu and settings.tf32 else "fp32",
+        "precision": execution.precision,
+        "execution": {"compile": execution.compile, "attention": execution.attention, "cuda_graphs": execution.cuda_graphs},
         "device": gpu or "cpu",
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
     }

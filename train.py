@@ -159,11 +159,11 @@ def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] 
 
 def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     """Checks, builds, runs."""
-    precision, precision_note = choose_precision(settings.precision)
+    precision, precision_note = choose_precision(settings.precision, settings.tf32)
     prepared = prepare(settings, options)
     settings = prepared.settings
-    accelerator = make_accelerator(precision, settings.gradient_accumulation)
-    set_numerics(settings.tf32)
+    accelerator = make_accelerator("no" if precision in ("fp32", "tf32") else precision, settings.gradient_accumulation)
+    set_numerics(precision != "fp32")
     codec = None
     if prepared.grid_codec and accelerator.is_main_process:
         codec = load_codec(prepared.grid_codec, accelerator.device)
@@ -213,7 +213,7 @@ def opening_lines(
     yield (
         f"batch {settings.global_batch_size} = {processes} processes x {accumulation} accumulation x "
         f"{settings.global_batch_size // (processes * accumulation)}, {accelerator.device.type}, precision "
-        f"{'fp32' if precision == 'no' else precision}, {trainer.last_step} steps, run folder {prepared.run}"
+        f"{precision}, {trainer.last_step} steps, run folder {prepared.run}"
     )
     if len(trainer.plans) > 1:
         yield groups_line(trainer.groups, processes, accumulation, len(trainer.plans))

@@ -1,7 +1,7 @@
 """The Gaussian steps of a diffusion: noising, posterior, what a network's output says of it, and DiT's training loss.
 
-In this file `t` (N,) int64 is the index of a step in the schedule that is passed along. Everything is computed in float32,
-whatever the precision of the network's output.
+In this file `t` (N,) int64, or an int where the batch shares it, is the index of a step in the schedule that is
+passed along. Everything is computed in float32, whatever the precision of the network's output.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> T
     return signal * x0.float() + spread * noise.float()
 
 
-def posterior_mean(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def posterior_mean(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
     """Mean of q(x_{t-1} | x_t, x_0) (DDPM, equation 7). x0, x_t (N, C, H, W), t (N,) -> (N, C, H, W) float32"""
     tables = schedule.tables(x_t.device)
     return at(tables.posterior_mean_x0, t, x_t) * x0.float() + at(tables.posterior_mean_x_t, t, x_t) * x_t.float()
 
 
-def predicted_x0(schedule: NoiseSchedule, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def predicted_x0(schedule: NoiseSchedule, epsilon: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
     """The clean latent that a predicted epsilon implies; never clipped, as latents have no natural range. -> (N, C, H, W)"""
     tables = schedule.tables(x_t.device)
     return at(tables.x0_from_x_t, t, x_t) * x_t.float() - at(tables.x0_from_epsilon, t, x_t) * epsilon.float()
 
 
-def predicted_moments(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Moments:
+def predicted_moments(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor | int) -> Moments:
     """The reverse step that a network's output describes (DDPM, equation 11; Improved DDPM, equation 15).
 
     output (N, C, H, W) epsilon, or (N, 2C, H, W) epsilon and v; x_t (N, C, H, W); t (N,).

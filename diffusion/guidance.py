@@ -1,19 +1,52 @@
-"""Classifier-free guidance (Ho & Salimans 2022), as DiT's published figures use it."""
+"""Classifier-free guidance (Ho & Salimans 2022), as DiT's published figures use it, at all steps or in an interval of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion.samplers import Denoise
+from diffusion.schedule import TIMESTEPS
 from runtime.config import InputError
 
-# Plans are opaque here: what a network computes at one timestep. They are compared with `==`.
-Predict = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # x (N, C, H, W), t (N,), y (N,), plan -> (N, C or 2C, H, W)
+# x (N, C, H, W); t (1,), the timestep of all; y (R,), the different labels; plan; index (N,): sample i has label y[index[i]],
+# or None where it has y[i] -> (N, C or 2C, H, W). Plans are opaque here: what a network computes at one timestep. They are
+# compared with `==`.
+Predict = Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], Tensor]
 Plans = Callable[[int], tuple[Any, Any]]  # original timestep -> (conditional plan, unconditional plan)
+
+
+class Interval(NamedTuple):
+    """Where guidance acts (Kynkäänniemi et al. 2024): low <= t <= high, with t the timestep / 1000, 0 clean and 1 noise."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, bounds: Sequence[float] | None) -> Interval:
+        """The interval with these bounds; everywhere for None. InputError unless 0 <= low <= high <= 1."""
+        low, high = (0.0, 1.0) if bounds is None else bounds
+        if not 0 <= low <= high <= 1:
+            raise InputError(
+                f"--guidance-interval is {low} {high}; give LOW HIGH with 0 <= LOW <= HIGH <= 1, the part of the "
+                "timesteps, from clean (0) to noise (1), in which guidance acts."
+            )
+        return cls(low, high)
+
+    def holds(self, timestep: int) -> bool:
+        """Whether the original timestep, 0 .. 999, lies in the interval."""
+        return self.low <= timestep / TIMESTEPS <= self.high
+
+
+class LabelRows(NamedTuple):
+    """The labels of a batch, each different one once where that is fewer."""
+
+    rows: Tensor  # (R,) int64
+    row_of: Tensor | None  # (N,) int64, each sample's row; None: sample i has row i
 
 
 def combine(conditional: Tensor, unconditional: Tensor, scale: float, epsilon_channels: int, channels: int | None) -> Tensor:
@@ -28,31 +61,57 @@ def combine(conditional: Tensor, unconditional: Tensor, scale: float, epsilon_ch
     return torch.cat((u + scale * (c - u), conditional[:, guided:]), dim=1)
 
 
+def check_guidance(scale: float, channels: int | None) -> None:
+    """InputError for what no guidance can be."""
+    if not math.isfinite(scale):
+        raise InputError(f"--cfg-scale is {scale}; it must be finite.")
+    if channels is not None and channels < 1:
+        raise InputError(f"Guidance must act on at least 1 channel, not {channels}; for no guidance set its scale to 1.")
+
+
+def label_rows(labels: Tensor, null_class: int) -> tuple[LabelRows, LabelRows, LabelRows]:
+    """The labels (N,) alone, with as many null classes after them, and the null classes alone."""
+    null = torch.full_like(labels, null_class)  # (N,)
+    nowhere = torch.zeros_like(labels)  # (N,), each the first row
+    if len(labels) > null_class:  # fewer classes than samples: the rows are the classes
+        rows = torch.arange(null_class + 1, device=labels.device)
+        return LabelRows(rows, labels), LabelRows(rows, torch.cat((labels, null))), LabelRows(null[:1], nowhere)
+    places = torch.arange(len(labels), device=labels.device)
+    with_null = LabelRows(torch.cat((labels, null[:1])), torch.cat((places, nowhere + len(labels))))
+    return LabelRows(labels, None), with_null, LabelRows(null[:1], nowhere)
+
+
 def classifier_free_guidance(
-    predict: Predict, labels: Tensor, null_class: int, scale: float, channels: int | None = 3, plans: Plans | None = None
+    predict: Predict,
+    labels: Tensor,
+    null_class: int,
+    scale: float,
+    channels: int | None = 3,
+    plans: Plans | None = None,
+    interval: Interval | None = None,
 ) -> Denoise:
     """A denoiser for the samplers: `predict` for the classes `labels` (N,), guided away from `null_class`.
 
-    `scale` 1 is no guidance and makes no unconditional pass. `channels` = 3 is DiT's published protocol (the fourth latent
-    channel is left alone by the code behind the paper's figures), None guides all. Both halves run as one batch of 2N
-    where `plans` gives them equal plans, otherwise as two calls of N; without `plans` the plan is None.
+    `scale` 1 is no guidance and makes no unconditional pass, nor does a step outside `interval` (None: everywhere).
+    `channels` = 3 is DiT's published protocol (the fourth latent channel is left alone by the code behind the paper's
+    figures), None guides all. Both halves run as one batch of 2N where `plans` gives them equal plans, otherwise as two calls
+    of N; without `plans` the plan is None. Labels are classes 0 .. null_class - 1.
     """
-    if channels is not None and channels < 1:
-        raise InputError(f"Guidance must act on at least 1 channel, not {channels}; for no guidance set its scale to 1.")
-    null = torch.full_like(labels, null_class)  # (N,)
-    both = torch.cat((labels, null))  # (2N,)
+    check_guidance(scale, channels)
+    interval = interval or Interval.of(None)
+    timesteps = torch.arange(TIMESTEPS, device=labels.device)  # on the device once: a step takes a view
+    alone, both, null = label_rows(labels, null_class)
 
     def denoise(x: Tensor, timestep: int) -> Tensor:
         plan, null_plan = (None, None) if plans is None else plans(timestep)
-        t = torch.full_like(both, timestep)  # (2N,)
-        count = len(labels)
-        if scale == 1.0:
-            return predict(x, t[:count], labels, plan)
+        t = timesteps[timestep : timestep + 1]  # (1,)
+        if scale == 1.0 or not interval.holds(timestep):
+            return predict(x, t, alone.rows, plan, alone.row_of)
         if plan == null_plan:
-            conditional, unconditional = predict(torch.cat((x, x)), t, both, plan).chunk(2)
+            conditional, unconditional = predict(torch.cat((x, x)), t, both.rows, plan, both.row_of).chunk(2)
         else:
-            conditional = predict(x, t[:count], labels, plan)
-            unconditional = predict(x, t[:count], null, null_plan)
+            conditional = predict(x, t, alone.rows, plan, alone.row_of)
+            unconditional = predict(x, t, null.rows, null_plan, null.row_of)
         return combine(conditional, unconditional, scale, x.shape[1], channels)
 
     return denoise

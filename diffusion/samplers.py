@@ -48,7 +48,7 @@ def ddpm(
     x = noise.float()
     for step, index in enumerate(reversed(range(len(schedule)))):
         output = denoise(x, schedule.timesteps[index])
-        moments = predicted_moments(schedule, output, x, _index(x, index))
+        moments = predicted_moments(schedule, output, x, index)
         x = moments.mean
         if index > 0:
             x = x + torch.exp(0.5 * moments.log_variance) * step_noise(step)
@@ -77,7 +77,7 @@ def ddim(
     x = noise.float()
     for step, index in enumerate(reversed(range(len(schedule)))):
         epsilon, _ = split_output(denoise(x, schedule.timesteps[index]), x.shape[1])
-        x0 = predicted_x0(schedule, epsilon, x, _index(x, index))
+        x0 = predicted_x0(schedule, epsilon, x, index)
         previous = float(schedule.alphas_cumprod_previous[index])
         variance = eta**2 * float(schedule.posterior_variance[index])
         x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - variance) * epsilon
@@ -86,10 +86,6 @@ def ddim(
         if callback is not None:
             callback(step, x, x0)
     return x
-
-
-def _index(x: Tensor, index: int) -> Tensor:
-    return torch.full((len(x),), index, device=x.device)
 
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim}

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from runtime.config import InputError
 
+TIMESTEPS = 1000
+"""Steps of the schedule that DiT is trained with."""
+
 
 class Timesteps(NamedTuple):
     """start, start + 1, .. stop - 1, as `range`, in tensors: a compiled graph then holds for any of them."""
@@ -26,12 +29,12 @@ class Timesteps(NamedTuple):
     stop: Tensor  # () int64
 
 
-def linear_betas(steps: int = 1000) -> np.ndarray:
+def linear_betas(steps: int = TIMESTEPS) -> np.ndarray:
     """DDPM's variances of the forward steps, 1e-4 .. 0.02 (Ho et al. 2020, section 4). -> (steps,) float64"""
     return np.linspace(1e-4, 0.02, steps, dtype=np.float64)
 
 
-def respaced_timesteps(spec: str | Sequence[int], steps: int = 1000) -> list[int]:
+def respaced_timesteps(spec: str | Sequence[int], steps: int = TIMESTEPS) -> list[int]:
     """The timesteps that a respacing keeps of 0 .. steps - 1, ascending.
 
     `spec`: "250" = 250 steps spread evenly, both ends included (Nichol & Dhariwal 2021, section 4); "10,15,20" or
@@ -152,7 +155,7 @@ class NoiseSchedule:
         return len(self.timesteps)
 
     @classmethod
-    def linear(cls, steps: int = 1000) -> NoiseSchedule:
+    def linear(cls, steps: int = TIMESTEPS) -> NoiseSchedule:
         """The schedule that DiT is trained with."""
         return cls(linear_betas(steps), tuple(range(steps)))
 
@@ -182,6 +185,11 @@ def _tables(schedule: NoiseSchedule, device: torch.device) -> Tables:
     return schedule._on_device[device]
 
 
-def at(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Each sample's entry. table (steps,), index (N,) int64, like (N, ...) -> (N, 1, ..., 1) that broadcasts with `like`"""
+def at(table: Tensor, index: Tensor | int, like: Tensor) -> Tensor:
+    """Each sample's entry. table (steps,), index (N,) int64, like (N, ...) -> (N, 1, ..., 1) that broadcasts with `like`
+
+    An index that all share is an int: its entry, (), is a view of the table, and nothing is copied to the device.
+    """
+    if isinstance(index, int):
+        return table[index]
     return table[index].reshape(-1, *[1] * (like.ndim - 1))

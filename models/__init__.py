@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,17 @@ from models.layers import Plan
 from models.sparsedit import SparseDiT
 from runtime.config import InputError, from_mapping, nearest
 
-__all__ = ["METHODS", "Backbone", "DiT", "Plan", "SparseDiT", "checkpoint_blocks", "create_model", "method_class"]
+__all__ = [
+    "METHODS",
+    "Backbone",
+    "DiT",
+    "Plan",
+    "SparseDiT",
+    "checkpoint_blocks",
+    "compile_blocks",
+    "create_model",
+    "method_class",
+]
 
 METHODS: Mapping[str, type[DiT]] = {"dense": DiT, "sparsedit": SparseDiT}
 """Every method by name, the dense backbone first. To add one: a file in `models/` and a line here."""
@@ -39,3 +49,20 @@ def checkpoint_blocks(network: DiT) -> None:
     """
     for block in network.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_blocks(network: DiT, mode: str, plans: Iterable[Plan]) -> None:
+    """From now on the blocks run compiled, each kind of block once for each shape that it meets; the network is not wrapped.
+
+    `mode` is torch's "default" or "max-autotune"; `plans` are those that will run: torch goes back to running uncompiled when
+    a kind of block has met more shapes than its limit, of 8.
+    """
+    import torch._dynamo  # a second, which others need not wait
+
+    # Whole batch and guided half batch, a last smaller batch of each.
+    shapes = 4 * len(set(plans))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes)
+    for block in network.blocks:
+        # CUDA graphs are recorded around the whole network, not inside.
+        inner = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
+        block.forward = torch.compile(block.forward, mode=inner, dynamic=False)

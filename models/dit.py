@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.layers import (
     Block,
+    Condition,
     FinalLayer,
     LabelEmbedder,
     ModulatedBlock,
@@ -150,10 +151,10 @@ class DiT(nn.Module):
         for _ in range(backbone.depth):
             yield Block(backbone.hidden_size, backbone.num_heads, backbone.mlp_ratio)
 
-    def run_blocks(self, tokens: Tensor, condition: Tensor, plan: Plan, draws: Draws | None) -> Tensor:
-        """tokens (N, T, D), condition (N, D) -> (N, T, D)"""
+    def run_blocks(self, tokens: Tensor, condition: Condition, plan: Plan, draws: Draws | None) -> Tensor:
+        """tokens (N, T, D), condition of N samples -> (N, T, D)"""
         for block in self.blocks:
-            tokens = block(tokens, None, block.adaLN_modulation(condition))  # (N, T, D)
+            tokens = block(tokens, None, block.modulation(condition))  # (N, T, D)
         return tokens
 
     def block_macs(self, plan: Plan) -> int:
@@ -214,21 +215,31 @@ class DiT(nn.Module):
 
     # What all methods share ------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, plan: Plan | None = None, draws: Draws | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        plan: Plan | None = None,
+        draws: Draws | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
         """Latents, timesteps, labels -> noise prediction, then variance channels when sigma is learned.
 
         x (N, C, H, W); t (N,), 0 .. 999; y (N,) int64, `num_classes` is the null class -> (N, out_channels, H, W)
+        Where many samples share a timestep and a label: t (1,) is everyone's, and y (R,) holds the different labels, of which
+        sample i has y[index[i]], index (N,) int64.
         Without a plan each sample gets that of its own timestep, the slow and general way: where plans differ the timesteps are
         read back from the device and the samples of one plan run together.
         """
         if plan is None:
             plans = self.training_plans()
             if len(plans) > 1:
-                return self._forward_by_plan(x, t, y, draws)
+                return self._forward_by_plan(x, t.expand(len(x)), y if index is None else y[index], draws)
             plan = plans[0][1]
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        labels = self.y_embedder(y, None if draws is None else draws["label_drop"])  # (N, D)
-        condition = self.t_embedder(t) + labels  # (N, D)
+        labels = self.y_embedder(y, None if draws is None else draws["label_drop"])  # (R, D), without an index R = N
+        condition = Condition(self.t_embedder(t) + labels, index)
         tokens = self.run_blocks(tokens, condition, plan, draws)  # (N, T, D)
         return self.unpatchify(self.final_layer(tokens, condition))  # (N, out_channels, H, W)
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,29 @@ class Plan:
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
 
+class Condition(NamedTuple):
+    """The conditioning vectors of a batch, each different one once.
+
+    In a guided step all samples share the timestep, and one half of them the null class: what follows from the vectors alone,
+    every block's modulation, is computed for the different ones and handed out.
+    """
+
+    rows: Tensor  # (R, D)
+    row_of: Tensor | None = None  # (N,) int64, each sample's row; None: sample i has row i
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What was computed from the rows, (R, ...), for each sample: (N, ...)"""
+        return values if self.row_of is None else values[self.row_of]
+
+
+class Float32Linear(nn.Linear):
+    """A Linear that mixed precision leaves in float32: where digits that half precision has not decide what comes out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class PatchEmbedder(nn.Module):
     """Latent -> one token per patch: a convolution whose stride is its kernel."""
 
@@ -37,7 +60,9 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, C, H, W) -> (N, T, D)
+        # At low noise the prediction is a small difference of large numbers: they must not be rounded on the way in.
+        with without_autocast(x):
+            return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, C, H, W) -> (N, T, D)
 
     def macs(self, tokens: int) -> int:
         return linear_macs(self.proj, tokens)
@@ -48,7 +73,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        # Neighbouring timesteps differ in digits that half precision has not.
+        self.mlp = nn.Sequential(Float32Linear(FREQUENCIES, hidden_size), nn.SiLU(), Float32Linear(hidden_size, hidden_size))
 
     @staticmethod
     def sinusoids(t: Tensor) -> Tensor:
@@ -59,9 +85,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat((angles.cos(), angles.sin()), dim=1)  # (N, 256)
 
     def forward(self, t: Tensor) -> Tensor:
-        # In float32 under autocast too: neighbouring timesteps differ in digits that half precision has not.
-        with without_autocast(t):
-            return self.mlp(self.sinusoids(t))  # (N,) -> (N, D)
+        return self.mlp(self.sinusoids(t))  # (N,) -> (N, D)
 
     def macs(self) -> int:
         return linear_macs(self.mlp[0]) + linear_macs(self.mlp[2])
@@ -137,7 +161,7 @@ class ModulatedBlock(nn.Module, ABC):
     """The adaLN-Zero frame of DiT section 3.2: shift, scale and gate around attention and around the feed-forward part.
 
     Every block has the signature `block(tokens, context, modulation)`: the token stream (N, T, D), what is not the token
-    stream, and this block's (N, 6 D) from `adaLN_modulation`. A method's block says in `forward` what attends to what.
+    stream, and this block's (N, 6 D) from `modulation`. A method's block says in `forward` what attends to what.
     """
 
     def __init__(self, attention: nn.Module, hidden_size: int, mlp_ratio: float) -> None:
@@ -148,9 +172,13 @@ class ModulatedBlock(nn.Module, ABC):
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
+    def modulation(self, condition: Condition) -> Tensor:
+        """Two shifts, scales and gates, (N, 6 D) float32: 1 + scale must not be rounded to half precision."""
+        return at_least_float32(condition.spread(self.adaLN_modulation(condition.rows)))
+
     def feed_forward(self, tokens: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """tokens + gate * MLP(modulated tokens): (N, T, D); shift, scale, gate (N, 1, D)"""
-        return tokens + gate * self.mlp(modulate(self.norm2(tokens), shift, scale))  # (N, T, D)
+        return torch.addcmul(tokens, gate, self.mlp(modulate(self.norm2(tokens), shift, scale)))  # (N, T, D)
 
     @abstractmethod
     def macs(self, tokens: int, full: int) -> int:
@@ -170,7 +198,7 @@ class Block(ModulatedBlock):
 
     def forward(self, tokens: Tensor, context: Any, modulation: Tensor) -> Tensor:
         shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
-        tokens = tokens + gate1 * self.attn(modulate(self.norm1(tokens), shift1, scale1))  # (N, T, D)
+        tokens = torch.addcmul(tokens, gate1, self.attn(modulate(self.norm1(tokens), shift1, scale1)))  # (N, T, D)
         return self.feed_forward(tokens, *feed_forward)  # (N, T, D)
 
     def macs(self, tokens: int, full: int) -> int:
@@ -183,11 +211,12 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.linear = Float32Linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=2)  # each (N, 1, D)
+    def forward(self, tokens: Tensor, condition: Condition) -> Tensor:
+        modulation = at_least_float32(condition.spread(self.adaLN_modulation(condition.rows)))  # (N, 2 D)
+        shift, scale = modulation.unsqueeze(1).chunk(2, dim=2)  # each (N, 1, D)
         return self.linear(modulate(self.norm_final(tokens), shift, scale))  # (N, T, p p C)
 
     def macs(self, tokens: int) -> int:
@@ -200,6 +229,11 @@ def without_autocast(like: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def linear_macs(layer: nn.Module, positions: int = 1) -> int:
     """Multiply-accumulates of a Linear or a stride-is-kernel convolution at `positions` output places."""
     assert isinstance(layer, nn.Linear | nn.Conv2d)
@@ -208,7 +242,7 @@ def linear_macs(layer: nn.Module, positions: int = 1) -> int:
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """tokens (N, T, D), shift and scale (N, 1, D) -> (N, T, D)"""
-    return tokens * (1 + scale) + shift
+    return torch.addcmul(shift, tokens, 1 + scale)
 
 
 def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dit import Backbone, DiT, Draws
-from models.layers import Block, CrossAttention, ModulatedBlock, Plan, linear_macs, modulate, without_autocast
+from models.layers import Block, Condition, CrossAttention, Float32Linear, ModulatedBlock, Plan, linear_macs, modulate
 from models.token_density import Grid, TokenDensity
 from models.weights import DenseRules, Rows
 from runtime.config import InputError, option
@@ -152,7 +152,7 @@ class PoolingBlock(ModulatedBlock):
     def forward(self, tokens: Tensor, context: Context, modulation: Tensor) -> Tensor:
         shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
         pooled = modulate(self.norm1(tokens).mean(dim=1, keepdim=True), shift1, scale1)  # (N, 1, D)
-        tokens = tokens + gate1 * self.attn(pooled)  # (N, T, D)
+        tokens = torch.addcmul(tokens, gate1, self.attn(pooled))  # (N, T, D)
         return self.feed_forward(tokens, *feed_forward)  # (N, T, D)
 
     def macs(self, tokens: int, full: int) -> int:
@@ -186,7 +186,7 @@ class MergeBlock(ModulatedBlock):
         shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
         queries = modulate(self.norm1(tokens), shift1, scale1)  # (N, S, D)
         keys = modulate(self.norm1(context.full_map), shift1, scale1)  # (N, T, D)
-        tokens = tokens + gate1 * self.attn(queries, keys)  # (N, S, D)
+        tokens = torch.addcmul(tokens, gate1, self.attn(queries, keys))  # (N, S, D)
         return self.feed_forward(tokens, *feed_forward)  # (N, S, D)
 
     def macs(self, tokens: int, full: int) -> int:
@@ -204,22 +204,21 @@ class RecoverBlock(ModulatedBlock):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__(CrossAttention(hidden_size, num_heads), hidden_size, mlp_ratio)
-        self.merged_layer1 = nn.Linear(hidden_size, hidden_size)
-        self.merged_layer2 = nn.Linear(hidden_size, hidden_size)
+        # The residual stream passes through W1 and W2. Half precision would round it here for all further blocks.
+        self.merged_layer1 = Float32Linear(hidden_size, hidden_size)
+        self.merged_layer2 = Float32Linear(hidden_size, hidden_size)
 
     def forward(self, tokens: Tensor, context: Context, modulation: Tensor) -> Tensor:
         shift1, scale1, gate1, *feed_forward = modulation.unsqueeze(1).chunk(6, dim=2)  # each (N, 1, D)
-        # The residual stream passes through W1 and W2. Half precision would round it here for all further blocks.
-        with without_autocast(tokens):
-            spread = self.merged_layer1(tokens)  # (N, S, D), or (N, T, D) when the map is full already
-            if context.upsample is not None:
-                spread = upsample_tokens(spread, *context.upsample)  # (N, T, D)
-            full = spread + self.merged_layer2(context.full_map)  # (N, T, D)
+        spread = self.merged_layer1(tokens)  # (N, S, D), or (N, T, D) when the map is full already
+        if context.upsample is not None:
+            spread = upsample_tokens(spread, *context.upsample)  # (N, T, D)
+        full = spread + self.merged_layer2(context.full_map)  # (N, T, D)
         if context.position is not None:
             full = full + context.position  # (N, T, D)
         queries = modulate(self.norm1(full), shift1, scale1)  # (N, T, D)
         keys = modulate(self.norm1(tokens), shift1, scale1)  # (N, S, D)
-        full = full + gate1 * self.attn(queries, keys)  # (N, T, D)
+        full = torch.addcmul(full, gate1, self.attn(queries, keys))  # (N, T, D)
         return self.feed_forward(full, *feed_forward)  # (N, T, D)
 
     def macs(self, tokens: int, full: int) -> int:
@@ -266,7 +265,7 @@ class SparseDiT(DiT):
     def training_plans(self) -> Sequence[tuple[range, Plan]]:
         return [(timesteps, self.plan(timesteps.start)) for timesteps in self.density.intervals]
 
-    def run_blocks(self, tokens: Tensor, condition: Tensor, plan: Plan, draws: Draws | None) -> Tensor:
+    def run_blocks(self, tokens: Tensor, condition: Condition, plan: Plan, draws: Draws | None) -> Tensor:
         grid, sparse_grid = self.backbone.grid, plan.signature[1:]
         position = self.pos_embed if self.options.readd_position else None  # (1, T, D)
         context, previous = Context(), None
@@ -276,7 +275,7 @@ class SparseDiT(DiT):
                 tokens = pool_tokens(tokens, grid, sparse_grid)  # (N, T, D) -> (N, S, D)
                 if position is not None:
                     tokens = tokens + pool_tokens(position, grid, sparse_grid)  # (N, S, D)
-            tokens = block(tokens, context, block.adaLN_modulation(condition))  # (N, S, D) or (N, T, D)
+            tokens = block(tokens, context, block.modulation(condition))  # (N, S, D) or (N, T, D)
             if kind == RECOVER:
                 context = context._replace(upsample=None, position=None)
             previous = kind

@@ -31,9 +31,11 @@ class InputError(ValueError):
     """Something the user gave cannot work. The message is one sentence: what is wrong, with its name, and what to do."""
 
 
-def option(default: Any, help: str, *, flags: Sequence[str] = ()) -> Any:
-    """A dataclass field with its help text and further names for its flag (`flags=("--global-seed",)`)."""
-    return dataclasses.field(default=default, metadata={"help": help, "flags": tuple(flags)})
+def option(default: Any, help: str, *, flags: Sequence[str] = (), words: Sequence[str] = ()) -> Any:
+    """A dataclass field with its help text, further names for its flag (`flags=("--global-seed",)`), and names for the words of
+    a flag that takes a fixed number (`words=("LOW", "HIGH")`).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "flags": tuple(flags), "words": tuple(words)})
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
@@ -143,6 +145,8 @@ def coerce(value: Any, annotation: Any, name: str) -> Any:
         parts = [parts] if isinstance(parts, int) else parts
         if not isinstance(parts, list | tuple):
             raise InputError(f"{name} must be a list such as 1,3,1,1, not {value!r}.")
+        if arguments[-1] is not Ellipsis and len(parts) != len(arguments):
+            raise InputError(f"{name} takes {len(arguments)} values, not {len(parts)}.")
         return tuple(coerce(part, arguments[0], name) for part in parts)
     if annotation in (dict, Mapping) or origin in (dict, Mapping):
         if not isinstance(value, Mapping):
@@ -191,12 +195,13 @@ class ArgumentParser(argparse.ArgumentParser):
         for field in dataclasses.fields(cls):
             flags = ["--" + field.name.replace("_", "-"), *field.metadata.get("flags", ())]
             text = f"{field.metadata.get('help', '')} (default: {_shown(field.default)})".replace("%", "%%").strip()
-            if annotations[field.name] is bool:
+            if annotations[field.name] in (bool, bool | None):
                 action: Any = argparse.BooleanOptionalAction
                 group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, action=action, help=text)
             else:
-                metavar = _metavar(annotations[field.name])
-                group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, metavar=metavar, help=text)
+                metavar, count = _metavar(annotations[field.name]), _count(annotations[field.name])
+                words = metavar if count is None else field.metadata.get("words") or (metavar,) * count
+                group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, nargs=count, metavar=words, help=text)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's, with the underscores of every flag's name turned into dashes first."""
@@ -235,6 +240,14 @@ def _metavar(annotation: Any) -> str:
     if origin is typing.Literal:
         return "{" + ",".join(map(str, arguments)) + "}"
     return {int: "N", float: "X", str: "TEXT"}.get(annotation, "N,N,...")
+
+
+def _count(annotation: Any) -> int | None:
+    """How many words a flag takes whose annotation is a tuple of a fixed length; None for every other flag."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (types.UnionType, typing.Union):
+        return _count(next(a for a in arguments if a is not type(None)))
+    return len(arguments) if get_origin(annotation) is tuple and arguments[-1] is not Ellipsis else None
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

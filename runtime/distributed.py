@@ -20,21 +20,26 @@ def promised_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def choose_precision(requested: str) -> tuple[str, str | None]:
-    """(accelerate's name of the precision, a sentence to print when it is not what was asked for).
+def choose_precision(requested: str, tf32: bool | None = None) -> tuple[str, str | None]:
+    """("fp32", "tf32", "bf16" or "fp16", a sentence to print when it is not what was asked for).
 
-    "auto" takes the launcher's `--mixed_precision` fp16 or bf16; otherwise bf16 on a GPU that has it, float32 elsewhere.
+    "auto" takes the launcher's `--mixed_precision` fp16 or bf16; otherwise what `tf32` says; otherwise bf16 on a GPU that has
+    it, float32 elsewhere. `tf32` is DiT's flag: float32 storage, products rounded to TF32 or not.
     """
     # accelerate says "no" also when nobody asked: that must not make float32 the default on a GPU.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "")
     gpu = torch.cuda.is_available()
     if requested == "auto":
-        requested = launched or ("bf16" if gpu and torch.cuda.is_bf16_supported() else "no")
-    requested = {"fp32": "no"}.get(requested, requested)
-    if requested not in ("no", "bf16", "fp16"):
-        raise InputError(f"precision {requested!r} is not supported; choose fp32, bf16 or fp16.")
-    if requested == "fp16" and not gpu:
-        return "no", "fp16 needs a GPU and this machine has none: training runs in float32."
+        full = None if tf32 is None else "tf32" if tf32 else "fp32"
+        requested = launched or full or ("bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32")
+    elif tf32 is not None and requested == ("fp32" if tf32 else "tf32"):
+        raise InputError(
+            f"--precision {requested} and {'--tf32' if tf32 else '--no-tf32'} contradict each other; leave one out."
+        )
+    if requested not in ("fp32", "tf32", "bf16", "fp16"):
+        raise InputError(f"precision {requested!r} is not supported; choose fp32, tf32, bf16 or fp16.")
+    if requested in ("fp16", "tf32") and not gpu:
+        return "fp32", f"{requested} needs a GPU and this machine has none: computed in float32."
     return requested, None
 
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.latents import Codec, CodecSpec, resolve_codec
-from diffusion.guidance import classifier_free_guidance
+from diffusion.guidance import Interval, Predict, check_guidance, classifier_free_guidance
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT
@@ -24,6 +25,7 @@ from models.token_density import TIMESTEPS
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
 from runtime.density_report import density_lines
+from runtime.execution import ExecutionSettings
 from runtime.networks import build_with, canonical, described, fit_weights, method_name, recognized, summary, with_density
 from runtime.seeding import Keys, integers, normal
 
@@ -36,6 +38,11 @@ LATENT_FACTOR = 8
 class SamplingSettings:
     cfg_scale: float = option(1.5, "guidance scale; 1: none. 1.5 for scores, 4.0 for pictures")
     guidance_channels: Literal["3", "all"] = option("3", "channels that guidance acts on; 3 is DiT's published protocol")
+    guidance_interval: tuple[float, float] | None = option(
+        None,
+        "guidance only at timesteps of 1000 x LOW to 1000 x HIGH, 0 clean and 1 noise: other steps cost half; none: all",
+        words=("LOW", "HIGH"),
+    )
     sampler: Literal["ddpm", "ddim"] = option("ddpm", "ancestral sampling, or DDIM with eta 0")
     num_sampling_steps: str = option(
         "250",
@@ -44,7 +51,7 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class CheckpointSettings(SamplingSettings):
+class CheckpointSettings(ExecutionSettings, SamplingSettings):
     """What sample.py and sample_ddp.py both ask: which network, decoded how, drawn from which seed."""
 
     method: str | None = option(None, "method of the run that is looked for; none: any")
@@ -60,7 +67,6 @@ class CheckpointSettings(SamplingSettings):
     num_classes: int | None = option(None, "checked against the checkpoint, which knows")
     vae: str | None = option(None, "decoder: ema, mse, taesd, pixels or a folder; none: the checkpoint's, or ema")
     seed: int = option(0, "names every draw: the same seed gives the same pictures", flags=("--global-seed",))
-    tf32: bool = option(True, "TF32 matrix products on GPUs that have them; faster, as in the published scores")
 
 
 @dataclass(frozen=True)
@@ -136,8 +142,8 @@ def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint
 
     InputError where they do not fit; nothing large has been made by then.
     """
-    if not math.isfinite(settings.cfg_scale):
-        raise InputError(f"--cfg-scale is {settings.cfg_scale}; it must be finite.")
+    check_guidance(settings.cfg_scale, guided_channels(settings))
+    Interval.of(settings.guidance_interval)
     NoiseSchedule.linear().respaced(settings.num_sampling_steps)
     asked_codec = resolve_codec(settings.vae) if settings.vae else None
     checkpoint = read_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
@@ -246,28 +252,48 @@ def draw_labels(mode: str, num_classes: int, seed: int, index: Tensor) -> Tensor
     return integers(Keys(seed, 0, index), "label", num_classes)
 
 
+def guided_channels(settings: SamplingSettings) -> int | None:
+    """How many channels guidance acts on; None: all."""
+    return None if settings.guidance_channels == "all" else int(settings.guidance_channels)
+
+
 @torch.no_grad()
 def sample_latents(
-    network: nn.Module, settings: SamplingSettings, labels: Tensor, index: Tensor, seed: int, device: torch.device
+    network: nn.Module,
+    settings: SamplingSettings,
+    labels: Tensor,
+    index: Tensor,
+    seed: int,
+    device: torch.device,
+    predict: Predict | None = None,
 ) -> Tensor:
-    """Latents of the pictures `index` (N,) with `labels` (N,), scaled for the model. -> (N, C, H, W) float32 on `device`"""
+    """Latents of the pictures `index` (N,) with `labels` (N,), scaled for the model. -> (N, C, H, W) float32 on `device`
+
+    `predict` runs the network's forward; None: the network itself does, plainly.
+    """
     dit: Any = network
     backbone: Backbone = dit.backbone
     labels, index = labels.to(device), index.to(device)
     shape = (backbone.in_channels, *backbone.latent_size)
     schedule = NoiseSchedule.linear().respaced(settings.num_sampling_steps)
     denoise = classifier_free_guidance(
-        dit,
+        predict or partial(plain_forward, dit),
         labels,
         null_class=backbone.num_classes,
         scale=settings.cfg_scale,
-        channels=None if settings.guidance_channels == "all" else int(settings.guidance_channels),
+        channels=guided_channels(settings),
         plans=dit.guidance_plans,
+        interval=Interval.of(settings.guidance_interval),
     )
     start = normal(Keys(seed, 0, index), "start noise", shape)  # (N, C, H, W)
     return SAMPLERS[settings.sampler](
         denoise, start, schedule, step_noise=lambda step: normal(Keys(seed, step, index), "step noise", shape)
     )
+
+
+def plain_forward(network: nn.Module, x: Tensor, t: Tensor, y: Tensor, plan: Any, index: Tensor | None) -> Tensor:
+    """The network as it stands, as guidance calls it."""
+    return network(x, t, y, plan, index=index)
 
 
 def sample_pictures(
@@ -278,9 +304,14 @@ def sample_pictures(
     index: Tensor,
     seed: int,
     device: torch.device,
+    predict: Predict | None = None,
 ) -> Tensor:
     """Pictures `index` (N,) with `labels` (N,). -> (N, H, W, 3) uint8 on the CPU"""
-    latents = sample_latents(network, settings, labels, index, seed, device)  # (N, C, h, w)
+    return decode_pictures(codec, sample_latents(network, settings, labels, index, seed, device, predict))
+
+
+def decode_pictures(codec: Codec, latents: Tensor) -> Tensor:
+    """Latents (N, C, h, w) -> pictures (N, H, W, 3) uint8 on the CPU"""
     # A decoder needs far more memory a picture than the network does.
     return torch.cat([codec.decode(part).cpu() for part in latents.split(DECODED_AT_ONCE)])
 
