@@ -1,102 +1,92 @@
-"""Measures what this project promises, candidate and baseline in one process.
+"""Measures what this project promises: candidate and baseline in one process, in turns, warmed up and synchronised.
 
-python benchmark.py forward --model DiT-XL/2 --image-size 512
-python benchmark.py data
-python benchmark.py pack --count 20000 --image-size 256
-python benchmark.py density --seeds 5        (a command of its own: benchmark.py density --help)
-python benchmark.py eval
-python benchmark.py eval --only network --weights classify_image_graph_def.pb --batch-size 64
+  sample      guided sampling: dense as published scripts run it, against the method with our execution
+  train       training steps: a plain loop as published scripts write it, against ours
+  forward     one forward pass, the method against the dense network
+  attention   attention kernels at the shapes of a network
+  data        features read per second, one array against one file per picture
+  eval        the evaluator's distance, neighbours and network, each beside what one would write without it
+  pack        memory of packing samples into an npz
+  density     fixed against dynamic token density over seeds
+  compare     two results: what got slower, beyond the spread
+
+Each has flags of its own: `python benchmark.py sample --help`. All but density and compare write runs/benchmarks/NAME.json and
+a chart beside it; all but compare take --quick, which ends within five minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
-import argparse
+import shlex
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks import data_loading, density, evaluation, forward, packing
-from models import METHODS
-from runtime.config import ArgumentParser, InputError, run_script
-from runtime.files import write_json
+from benchmarks import attention, compare, data_loading, density, evaluation, forward, packing, sampling, training
+from benchmarks.devices import choose_device
+from benchmarks.options import CommonSettings, settings_of
+from benchmarks.result import headed, store
+from runtime.config import ArgumentParser, InputError, nearest, run_script
+from runtime.files import check_writable
+from runtime.logs import say
+
+
+class Measurement(NamedTuple):
+    """One subcommand."""
+
+    settings: type[CommonSettings]
+    module: Any  # with `measure(settings)`, `show(result)` and a docstring
+    quick_cpu: Mapping[str, Any]
+    quick_gpu: Mapping[str, Any]
+
+
+MEASUREMENTS: Mapping[str, Measurement] = {
+    "sample": Measurement(sampling.SampleSettings, sampling, sampling.QUICK_CPU, sampling.QUICK_GPU),
+    "train": Measurement(training.TrainSettings, training, training.QUICK_CPU, training.QUICK_GPU),
+    "forward": Measurement(forward.ForwardSettings, forward, forward.QUICK_CPU, forward.QUICK_GPU),
+    "attention": Measurement(attention.AttentionSettings, attention, attention.QUICK_CPU, attention.QUICK_GPU),
+    "data": Measurement(data_loading.DataSettings, data_loading, data_loading.QUICK, data_loading.QUICK),
+    "eval": Measurement(evaluation.EvaluationSettings, evaluation, evaluation.QUICK, evaluation.QUICK),
+    "pack": Measurement(packing.PackSettings, packing, packing.QUICK, packing.QUICK),
+}
+
+QUICK_DENSITY = (
+    "--seeds", "1", "--pretraining-steps", "150", "--steps", "80", "--samples", "100",
+    "--output", "runs/density-quick",
+)  # fmt: skip
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["density"]:
-        density.main(sys.argv[2:])
-        return
-    chosen = parse()
-    measure, show = {
-        "forward": (measure_forward, forward.show),
-        "data": (measure_data, data_loading.show),
-        "pack": (measure_packing, packing.show),
-        "eval": (measure_evaluation, evaluation.show),
-    }[chosen.what]
-    result = measure(chosen)
-    print(show(result))
-    if chosen.json:
-        write_json(chosen.json, result)
+    words = sys.argv[1:]
+    what, rest = (words[0], words[1:]) if words else ("--help", [])
+    if what in ("-h", "--help"):
+        print(__doc__)
+    elif what == "density":
+        density.main([*QUICK_DENSITY, *(word for word in rest if word != "--quick")] if "--quick" in rest else rest)
+    elif what == "compare":
+        if code := compare.main(rest):
+            sys.exit(code)
+    elif what in MEASUREMENTS:
+        measure(what, rest)
+    else:
+        raise InputError(f"benchmark.py {what!r} is no measurement{nearest(what, [*MEASUREMENTS, 'density', 'compare'])}")
 
 
-def parse() -> argparse.Namespace:
-    """The command line. Raises InputError for numbers below 1."""
-    parser = ArgumentParser(__doc__ or "")
-    meanings = (
-        "forward: a method's forward pass against the dense one; data: features read per second against one file each; "
-        "pack: memory of packing samples; eval: the evaluator's Fréchet distance against scipy.linalg.sqrtm, its precision "
-        "and recall against torch.cdist, its network under torch against TensorFlow; "
-        "density: fixed against dynamic token density over seeds, with flags of its own"
-    )
-    parser.add_argument("what", choices=("forward", "data", "pack", "eval", "density"), help=meanings)
-    parser.add_argument("--model", default="DiT-XL/2", help="backbone (forward; default: DiT-XL/2)")
-    parser.add_argument("--method", default="sparsedit", choices=list(METHODS), help="candidate (forward; default: sparsedit)")
-    tokens = "sparse tokens, as train.py --density (forward; default: the method's)"
-    parser.add_argument("--density", "--sparse-grid", metavar="TEXT", help=tokens)
-    timestep = "whose tokens are kept, 0 clean to 999 noise (forward; default: 0)"
-    parser.add_argument("--timestep", type=int, default=0, metavar="N", help=timestep)
-    parser.add_argument("--image-size", type=int, help="picture side (forward; default: 512; data, pack, eval: 256)")
-    parser.add_argument("--batch-size", type=int, help="pictures per pass (forward; default: 1; eval: 64)")
-    counted = "pictures (pack; default: 20000), features (data; default: 4096) or vectors a side (eval; default: 10000)"
-    parser.add_argument("--count", type=int, help=counted)
-    parser.add_argument("--dimensions", type=int, default=2048, help="numbers in a vector (eval; default: 2048)")
-    parser.add_argument("--only", choices=("frechet", "distances", "network"), help="one part alone (eval; default: all)")
-    weights = "ADM's Inception graph (eval; default: the cached one, else random weights in its layout)"
-    parser.add_argument("--weights", "--inception", metavar="FILE", help=weights)
-    parser.add_argument("--rounds", type=int, help="measured rounds after one of warm-up (default: 5; eval: 3)")
-    parser.add_argument("--json", help="also write the result to this file")
-    chosen = parser.parse_args()
-    if chosen.what == "density":
-        raise InputError("density has flags of its own and stands first: benchmark.py density --help.")
-    for flag in ("batch_size", "count", "dimensions", "image_size", "rounds"):
-        given = getattr(chosen, flag)
-        if given is not None and given < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {given}.")
-    return chosen
-
-
-def measure_forward(chosen: argparse.Namespace) -> dict[str, Any]:
-    options = {} if chosen.density is None else {"density": chosen.density}
-    side, batch, rounds = (chosen.image_size or 512) // 8, chosen.batch_size or 1, chosen.rounds or 5
-    return forward.measure(chosen.model, chosen.method, options, side, batch, rounds, chosen.timestep)
-
-
-def measure_data(chosen: argparse.Namespace) -> dict[str, Any]:
-    return data_loading.measure(chosen.count or 4096, chosen.image_size or 256, chosen.rounds or 5)
-
-
-def measure_packing(chosen: argparse.Namespace) -> dict[str, Any]:
-    return packing.measure(chosen.count or 20_000, chosen.image_size or 256)
-
-
-def measure_evaluation(chosen: argparse.Namespace) -> dict[str, Any]:
-    return evaluation.measure(
-        chosen.only,
-        chosen.weights,
-        chosen.count or 10_000,
-        chosen.dimensions,
-        chosen.batch_size or 64,
-        chosen.image_size or 256,
-        chosen.rounds or 3,
-    )
+def measure(what: str, arguments: Sequence[str]) -> None:
+    """`benchmark.py WHAT ...`: measures, prints, writes JSON and chart."""
+    measurement = MEASUREMENTS[what]
+    parser = ArgumentParser(measurement.module.__doc__, f"benchmark.py {what}")
+    parser.add_config(measurement.settings)
+    given = vars(parser.parse_args(arguments))
+    gpu = choose_device(given.get("device", "auto")).type == "cuda"
+    settings, reduced = settings_of(measurement.settings, given, measurement.quick_gpu if gpu else measurement.quick_cpu)
+    folder = Path(settings.output)
+    check_writable(folder, "--output")
+    if reduced:
+        say(f"--quick: {', '.join(reduced)}")
+    result = headed(what, shlex.join(["python", "benchmark.py", what, *arguments]), measurement.module.measure(settings))
+    print(measurement.module.show(result))
+    print(*store(result, folder), sep=", ")
 
 
 if __name__ == "__main__":

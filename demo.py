@@ -92,7 +92,7 @@ def measure_speed(networks: Sequence[Checkpoint]) -> list[float]:
     for place, checkpoint in enumerate(networks):
         network = checkpoint.network.to(device)
         runs[str(place)] = partial(sample_latents, network, sampling, index % 10, index, 0, device)
-    return [TIMED / timing.median for timing in interleaved(runs, ROUNDS).values()]
+    return [TIMED / timing.median for timing in interleaved(runs, ROUNDS, device).values()]
 
 
 def compare(runs: Sequence[Path], samples: Sequence[Path]) -> list[Row]:

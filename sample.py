@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from runtime.distributed import make_state
 from runtime.execution import Executor, resolve_execution
 from runtime.files import atomic_write, check_new_file
 from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_pictures
+from runtime.startup import FirstPictures
 
 IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes of DiT's well-known grid: what a network of 1000 classes shows when none are named."""
@@ -27,6 +29,9 @@ IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
 @dataclass(frozen=True)
 class GridSettings(CheckpointSettings):
     cfg_scale: float = option(4.0, "guidance scale; 1: none. 1.5 for scores, 4.0 for pictures")
+    compile: Literal["auto", "none", "default", "max-autotune"] = option(
+        "none", "compile the blocks; takes a minute the first time, which a few pictures seldom earn back; auto: on a GPU"
+    )
     class_labels: str | None = option(None, "classes by number or name, separated by commas; none: some of them")
     class_names: str | None = option(None, "file of class names: a JSON list, or one name a line; none: the checkpoint's")
     per_class: int = option(1, "pictures of each class")
@@ -40,23 +45,26 @@ def sample(settings: GridSettings) -> None:
     if min(settings.per_class, settings.batch_size, 1 if settings.columns is None else settings.columns) < 1:
         raise InputError("--per-class, --batch-size and --columns must be at least 1.")
     check_new_file(settings.output, "--output")
+    device = make_state().device
+    execution = resolve_execution(settings, device)
     checkpoint, spec = open_checkpoint(settings, choose_checkpoint(settings))
     names = read_names(settings.class_names) if settings.class_names else checkpoint.classes
     num_classes = checkpoint.network.backbone.num_classes
     if names and len(names) != num_classes:
         raise InputError(f"{settings.class_names} names {len(names)} classes, and the network has {num_classes}.")
     chosen = choose_classes(settings.class_labels, names, num_classes)
-    device = make_state().device
-    execution = resolve_execution(settings, device)
     codec, checkpoint = load_codec(spec, device), checkpoint.build()
     network = checkpoint.network
     predict = Executor(network, execution)
-    print("\n".join((*checkpoint.lines(settings.num_sampling_steps), *execution.lines())), flush=True)
+    print("\n".join((*checkpoint.lines(settings), *execution.lines())), flush=True)
     labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])
-    pictures = []
+    pictures: list[torch.Tensor] = []
+    first = FirstPictures(execution)
     for start in range(0, len(labels), settings.batch_size):
         index = torch.arange(start, min(len(labels), start + settings.batch_size))
         pictures.append(sample_pictures(network, codec, settings, labels[index], index, settings.seed, device, predict))
+        if start == 0:
+            print(first.line(), flush=True)
     grid = picture_grid(torch.cat(pictures), settings.columns)
     with atomic_write(settings.output) as temporary:
         Image.fromarray(grid.numpy()).save(temporary, format="png")

@@ -13,24 +13,27 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 from data.latents import Codec, CodecSpec, load_codec
-from diffusion.guidance import Predict
 from diffusion.schedule import respaced_timesteps
 from models import DiT
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
+from runtime.decoding import make_decoder, resolve_overlap
 from runtime.density_report import record_density
 from runtime.distributed import make_state
 from runtime.execution import Execution, Executor, resolve_execution
 from runtime.files import check_new_file, check_writable, lock, sha256, write_json
+from runtime.logs import say
 from runtime.networks import blueprint, mean_gmacs, method_name
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
 from runtime.sampling import (
@@ -40,11 +43,15 @@ from runtime.sampling import (
     density_text,
     draw_labels,
     open_checkpoint,
-    sample_pictures,
+    sample_latents,
+    sampling_cost,
 )
+from runtime.startup import FirstPictures
 
 PROTOCOL = "protocol.json"
 MOST_AT_ONCE = 65_536
+CIRCUMSTANCES = ("device", "versions", "count", "gmacs_per_pass", "passes_per_picture", "execution")
+"""Entries of a protocol record that may differ within one set."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,9 @@ class SampleSettings(CheckpointSettings):
         "random", "uniform and independent, as for published scores; or equal counts"
     )
     per_proc_batch_size: int = option(32, "pictures sampled at once by a process")
+    overlap_decoding: bool | None = option(
+        None, "decode and write a batch while the next is sampled, in the memory of both; none: on a GPU alone"
+    )
     sample_dir: str = option("samples", "folder that holds one folder, one npz and one protocol record per sample set")
     sample_name: str | None = option(None, "name of the sample set; none: made from checkpoint and settings")
 
@@ -65,15 +75,16 @@ def sample(settings: SampleSettings) -> None:
     if not 1 <= settings.per_proc_batch_size <= MOST_AT_ONCE:
         raise InputError(f"--per-proc-batch-size is {settings.per_proc_batch_size}; it must be 1 to {MOST_AT_ONCE}.")
     state = make_state()
+    execution = resolve_execution(settings, state.device)
+    settings = replace(settings, overlap_decoding=resolve_overlap(settings.overlap_decoding, execution))
     # One process chooses: a training that saves meanwhile could give each of them another newest checkpoint.
     path = broadcast_object_list([choose_checkpoint(settings) if state.is_main_process else None])[0]
     checkpoint, spec = open_checkpoint(settings, str(path))
     check_writable(settings.sample_dir, "--sample-dir")
-    execution = resolve_execution(settings, state.device)
     codec = load_codec(spec, state.device)
     checkpoint = checkpoint.build()
     network = checkpoint.network
-    predict = Executor(network, execution)
+    executor = Executor(network, execution)
     target = Path(settings.sample_dir, settings.sample_name or sample_name(settings, checkpoint))
     held = None
     if state.is_main_process:
@@ -81,7 +92,7 @@ def sample(settings: SampleSettings) -> None:
         check_new_file(f"{target}.npz", "--sample-dir")
         held = lock(target, f"{target} is being filled by another process; wait for it, or give another --sample-name.")
         begin(target, protocol(settings, checkpoint, spec, execution), network)
-        print("\n".join((*checkpoint.lines(settings.num_sampling_steps), *execution.lines())))
+        print("\n".join((*checkpoint.lines(settings), *execution.lines())))
         if network.plan_varies:
             record_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
         print(
@@ -89,7 +100,7 @@ def sample(settings: SampleSettings) -> None:
             flush=True,
         )
     state.wait_for_everyone()
-    sample_blocks(settings, network, predict, codec, target, state)
+    sample_blocks(settings, executor, codec, target, state)
     state.wait_for_everyone()
     if state.is_main_process:
         packed = Path(f"{target}.npz")
@@ -102,35 +113,45 @@ def sample(settings: SampleSettings) -> None:
         held.close()
 
 
-def sample_blocks(
-    settings: SampleSettings, network: DiT, predict: Predict, codec: Codec, target: Path, state: PartialState
-) -> None:
+def sample_blocks(settings: SampleSettings, executor: Executor, codec: Codec, target: Path, state: PartialState) -> None:
     """Samples the blocks of this process. Block b holds the pictures b * batch .. (b + 1) * batch - 1.
 
     Blocks are fixed, whoever computes them, and the last one is padded: the same batch size gives the same bytes for any
     number of processes. A block with a picture missing is computed whole, and only what is missing is written.
     """
-    batch, count = settings.per_proc_batch_size, settings.num_fid_samples
+    batch, count, network = settings.per_proc_batch_size, settings.num_fid_samples, executor.network
     blocks = range(state.process_index, -(-count // batch), state.num_processes)
-    mine = sum(min(batch, count - block * batch) for block in blocks)
+    mine = {block: range(block * batch, min(count, (block + 1) * batch)) for block in blocks}
+    missing = {block: [i for i in wanted if not picture_path(target, i).exists()] for block, wanted in mine.items()}
+    total, absent = (sum(map(len, parts.values())) for parts in (mine, missing))
     bar = tqdm(
-        total=mine,
+        initial=total - absent,  # what stands already says nothing about speed
+        total=total,
         desc="sample" if state.num_processes == 1 else "sample (this process's share)",
         unit=" pictures",
         disable=not state.is_main_process,
         dynamic_ncols=True,
     )
-    with PictureWriter(target) as writer, bar:
-        for block in blocks:
-            wanted = range(block * batch, min(count, (block + 1) * batch))
-            missing = [i for i in wanted if not picture_path(target, i).exists()]
-            if missing:
+    first: FirstPictures | None = FirstPictures(executor.execution) if state.is_main_process else None
+
+    def deliver(wanted: list[int], start: int, pictures: Tensor) -> None:
+        """Pictures of the block's places from `start` on."""
+        nonlocal first
+        if first is not None:
+            say(first.line())
+            first = None
+        chosen = [i for i in wanted if start <= i % batch < start + len(pictures)]
+        for i in chosen:
+            writer.write(i, pictures[i % batch - start])
+        bar.update(len(chosen))
+
+    with PictureWriter(target) as writer, bar, make_decoder(codec, state.device, bool(settings.overlap_decoding)) as decoder:
+        for block, wanted in missing.items():
+            if wanted:
                 index = torch.arange(block * batch, (block + 1) * batch)
                 labels = draw_labels(settings.labels, network.backbone.num_classes, settings.seed, index)
-                pictures = sample_pictures(network, codec, settings, labels, index, settings.seed, state.device, predict)
-                for i in missing:
-                    writer.write(i, pictures[i - block * batch])
-            bar.update(len(wanted))
+                latents = sample_latents(network, settings, labels, index, settings.seed, state.device, executor)
+                decoder.submit(latents, partial(deliver, wanted))
 
 
 def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
@@ -141,6 +162,8 @@ def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
         f"{checkpoint.model.replace('/', '-')}-{method}-{step}-size-{checkpoint.image_size}-cfg-{settings.cfg_scale}"
         f"-{settings.sampler}-{settings.num_sampling_steps}-seed-{settings.seed}"
     )
+    if settings.guidance_interval is not None:
+        name += "-interval-{:g}-{:g}".format(*settings.guidance_interval)
     asked = checkpoint.asked_density
     if asked is not None:
         # File systems end names at 255 bytes.
@@ -162,6 +185,7 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
             "note": checkpoint.density_note,
         },
         "gmacs_per_pass": mean_gmacs(network, respaced_timesteps(settings.num_sampling_steps)),
+        "passes_per_picture": sampling_cost(network, settings).passes,
         "image_size": checkpoint.image_size,
         "num_classes": network.backbone.num_classes,
         "checkpoint": {"path": checkpoint.path, "sha256": hash_of(checkpoint.path), "step": checkpoint.step},
@@ -204,8 +228,11 @@ def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
                              "or give another --sample-name.") from None  # fmt: skip
         differ = [key for key, value in identity(record).items() if before.get(key) != value]
         if differ:
-            raise InputError(f"{target} holds pictures made with another {', '.join(differ)}; give another --sample-name or "
-                             "--sample-dir, or delete them.")  # fmt: skip
+            # What "auto" means has changed since older sets, and differs between machines.
+            flags = [f"--{key} {before[key]}" for key in differ if key in ("precision", "compile", "attention")]
+            go_on = f"add {' '.join(flags)} to go on with them, or " if len(flags) == len(differ) else ""
+            raise InputError(f"{target} holds pictures made with another {', '.join(differ)}; {go_on}give another "
+                             "--sample-name or --sample-dir, or delete them.")  # fmt: skip
     elif any(target.glob("*.png")):
         raise InputError(f"{target} holds pictures without a {PROTOCOL}, so nobody knows how they were made; give another "
                          "--sample-name or --sample-dir.")  # fmt: skip
@@ -214,9 +241,12 @@ def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
 
 
 def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
-    """A record from before token density in today's terms: its options, whose grid was the density, by today's names."""
+    """An older record in today's terms: what it does not name was not there to choose."""
+    plain = {"compile": "none", "attention": "auto", "cuda_graphs": False}
+    record = {"execution": plain, **record, "guidance": {"interval": None, **record["guidance"]}}
     if "density" in record:
         return record
+    # Before token density the options held the grid, which was the density.
     try:
         plan = blueprint(record["method"], network.backbone, record["options"])
         options, density = to_mapping(plan.options), density_text(plan)
@@ -228,13 +258,15 @@ def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the pictures of one set have in common.
 
-    A larger count extends a set, machine and versions are for the reader to judge, and costs follow from the rest. A checkpoint
-    is its hash and step, wherever it lies, or the path where there is no hash; the density it was trained with follows from it.
+    A larger count extends a set, machine and versions are for the reader to judge, and costs follow from the rest. CUDA graphs
+    launch what would be launched without them. A checkpoint is its hash and step, wherever it lies, or the path where there is
+    no hash; the density it was trained with follows from it.
     """
-    kept = {key: record[key] for key in record if key not in ("device", "versions", "count", "gmacs_per_pass")}
-    checkpoint = record["checkpoint"]
+    kept = {key: record[key] for key in record if key not in CIRCUMSTANCES}
+    checkpoint, execution = record["checkpoint"], record["execution"]
     origin = checkpoint["sha256"] or checkpoint["path"], checkpoint["step"]
-    return {**kept, "density": record["density"]["sampled"], "checkpoint": origin}
+    ran = {"compile": execution["compile"], "attention": execution["attention"]}
+    return {**kept, **ran, "density": record["density"]["sampled"], "checkpoint": origin}
 
 
 def main() -> None:

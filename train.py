@@ -26,7 +26,7 @@ from data.features import BatchOrder, FeatureDataset, open_features
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule, respaced_timesteps
-from models import Backbone, DiT, checkpoint_blocks
+from models import Backbone, DiT
 from models.weights import LoadingPlan, load
 from models.weights import export as export_state
 from runtime.checkpoint import (
@@ -38,10 +38,12 @@ from runtime.checkpoint import (
     save_checkpoint,
     save_state,
 )
+from runtime.compilation import training_execution
 from runtime.config import ArgumentParser, InputError, run_script, to_mapping
 from runtime.density_groups import check_groups, groups_line, number_of_groups
 from runtime.density_report import density_lines, draw_density, record_density
-from runtime.distributed import choose_precision, make_accelerator, promised_processes, set_numerics
+from runtime.distributed import make_accelerator, promised_processes, set_numerics
+from runtime.execution import Execution
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
 from runtime.networks import build, describe, described, fit_weights, summary
@@ -159,7 +161,8 @@ def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] 
 
 def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     """Checks, builds, runs."""
-    precision, precision_note = choose_precision(settings.precision, settings.tf32)
+    execution = training_execution(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = execution.precision
     prepared = prepare(settings, options)
     settings = prepared.settings
     accelerator = make_accelerator("no" if precision in ("fp32", "tf32") else precision, settings.gradient_accumulation)
@@ -175,8 +178,6 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     grid = grid_maker(settings, codec, accelerator.device, run) if codec else None
     data = TrainingData(features, settings.seed, settings.global_batch_size)
     trainer = Trainer(settings, accelerator, network, prepared.objective, data, run, prepared.header, grid)
-    if settings.gradient_checkpointing:
-        checkpoint_blocks(network)
     if prepared.resume:
         trainer.restore(prepared.resume)
     steps = accelerator.gather(torch.tensor([trainer.step], device=accelerator.device)).tolist()
@@ -184,7 +185,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         raise InputError(f"the processes would start at steps {steps}; --results-dir must be one folder that all of them see.")
     if accelerator.is_main_process:
         write_json(run / "config.json", {"settings": to_mapping(settings), **prepared.header})
-        for line in opening_lines(prepared, network, trainer, precision, precision_note):
+        for line in opening_lines(prepared, network, trainer, execution):
             say(line)
         if network.plan_varies:
             record_density(network, run / "density.png", SamplingSettings().num_sampling_steps)
@@ -201,9 +202,7 @@ def run_name(settings: TrainingSettings) -> str:
     return f"{settings.model.replace('/', '-')}-{settings.method}-{settings.image_size}"
 
 
-def opening_lines(
-    prepared: Prepared, network: DiT, trainer: Trainer, precision: str, precision_note: str | None
-) -> Iterator[str]:
+def opening_lines(prepared: Prepared, network: DiT, trainer: Trainer, execution: Execution) -> Iterator[str]:
     """What is said before the first step: what is trained, at what cost, on what, how the work is dealt, from what weights."""
     settings, accelerator = prepared.settings, trainer.accelerator
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
@@ -213,14 +212,18 @@ def opening_lines(
     yield (
         f"batch {settings.global_batch_size} = {processes} processes x {accumulation} accumulation x "
         f"{settings.global_batch_size // (processes * accumulation)}, {accelerator.device.type}, precision "
-        f"{precision}, {trainer.last_step} steps, run folder {prepared.run}"
+        f"{execution.precision}, {trainer.last_step} steps, run folder {prepared.run}"
     )
+    if execution.compile != "none":
+        yield f"blocks compiled ({execution.compile}): the first steps wait for it"
+    if settings.gradient_checkpointing != "none":
+        yield f"gradient checkpointing: {settings.gradient_checkpointing}"
     if len(trainer.plans) > 1:
         yield groups_line(trainer.groups, processes, accumulation, len(trainer.plans))
-    yield from origin_lines(prepared, trainer.step, precision_note)
+    yield from origin_lines(prepared, trainer.step, execution.note)
 
 
-def origin_lines(prepared: Prepared, step: int, precision_note: str | None) -> list[str]:
+def origin_lines(prepared: Prepared, step: int, note: str | None) -> list[str]:
     """What was loaded, what is new, and what is not as asked for."""
     loading = prepared.loading
     if prepared.resume:
@@ -231,7 +234,7 @@ def origin_lines(prepared: Prepared, step: int, precision_note: str | None) -> l
         lines = [f"{prepared.origin}: {loading.summary()}", *changes, *loading.notes, *warnings]
     else:
         lines = ["weights newly initialised (--pretrained none)"]
-    return lines + ([f"WARNING: {precision_note}"] if precision_note else [])
+    return lines + ([f"WARNING: {note}"] if note else [])
 
 
 def data_header(features: FeatureDataset) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.memory import CPU
+from benchmarks.options import CommonSettings, recorded
+from benchmarks.result import Work, heading, rows_of, table
 from benchmarks.timing import interleaved
 from data.extraction import Extraction, begin_extraction
 from data.features import BatchOrder, FeatureDataset, open_features
 from data.images import Listing
 from data.latents import SD_VAE
 from data.manifest import FeatureSettings
+from runtime.config import option
 from runtime.seeding import Keys
 
 Read = Callable[[np.ndarray, Keys], tuple[Tensor, Tensor]]
@@ -31,10 +35,18 @@ FILES = "one file per picture, numpy.load"
 """The baseline: what a training script written after DiT does."""
 
 
-def measure(count: int, image_size: int, rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DataSettings(CommonSettings):
+    count: int = option(4096, "latents that a round reads; at least 256")
+    image_size: int = option(256, "picture side; latents are 4 x SIDE/8 x SIDE/8")
+
+
+QUICK: Mapping[str, Any] = {"count": 1024, "rounds": 3}
+
+
+def measure(settings: DataSettings) -> dict[str, Any]:
     """Features per second of each way to read `count` random latents, in batches of 256; the ways take turns."""
-    if count < BATCH:
-        count = BATCH
+    count, image_size = max(settings.count, BATCH), settings.image_size
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_one_file_per_picture(root / "files", count, image_size)
@@ -49,29 +61,20 @@ def measure(count: int, image_size: int, rounds: int) -> dict[str, Any]:
             "memory map, samples, mirror drawn": write_cache(root / "both", replace(samples, mirrors="both")).batch,
             "memory map, moments, mirror and posterior drawn": write_cache(root / "moments", moments).batch,
         }
-        timings = interleaved({name: one_pass(read, count) for name, read in ways.items()}, rounds)
-    read_count = count // BATCH * BATCH
-    rates = {name: read_count / timing.median for name, timing in timings.items()}
+        timings = interleaved({name: one_pass(read, count) for name, read in ways.items()}, settings.rounds, CPU)
+    work = Work(images=count // BATCH * BATCH)
     return {
-        "measured": "data",
-        "count": count,
+        "settings": recorded(settings, count=count),
         "latent": list(SD_VAE.latent_shape(image_size)),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-        "features_per_second": rates,
-        "ratio": {name: rate / rates[FILES] for name, rate in rates.items()},
+        "rows": rows_of(timings, dict.fromkeys(timings, work), FILES),
     }
 
 
 def show(result: Mapping[str, Any]) -> str:
     """The result as a table."""
-    size = " x ".join(map(str, result["latent"]))
-    lines = [f"{result['count']} latents of {size}, batches of {BATCH}, {result['threads']} threads, warm page cache"]
-    lines += [
-        f"{name:54}{rate:12,.0f} features/s {result['ratio'][name]:8.1f} x"
-        for name, rate in result["features_per_second"].items()
-    ]
-    return "\n".join(lines)
+    size, count = " x ".join(map(str, result["latent"])), result["settings"]["count"]
+    lines = [f"{count} latents of {size}, batches of {BATCH}, warm page cache", *heading(result)]
+    return "\n".join(lines + table(result["rows"], {"images_per_second": "features/s"}))
 
 
 def one_pass(read: Read, count: int) -> Callable[[], None]:

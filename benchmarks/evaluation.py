@@ -6,29 +6,47 @@ recall against a plain implementation with torch.cdist. `network`: ADM's Incepti
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.memory import watch_memory
-from benchmarks.timing import Timing, interleaved
+from benchmarks.memory import CPU
+from benchmarks.options import CommonSettings, recorded
+from benchmarks.result import Work, heading, rows_of, table
+from benchmarks.timing import interleaved
 from metrics.frechet import Statistics, frechet_distance, statistics_of
 from metrics.networks import FeatureNetwork, check_network, open_network
 from metrics.networks.graph import write_graph
 from metrics.networks.inception_layout import layout_graph, random_state
 from metrics.networks.weight_files import GRAPH_NAME, cache_folder
 from metrics.precision_recall import NEIGHBOURS, precision_recall
-from runtime.config import InputError
+from runtime.config import InputError, option
 
-CPU = torch.device("cpu")
+
+@dataclass(frozen=True)
+class EvaluationSettings(CommonSettings):
+    rounds: int = option(3, "measured rounds, after one of warm-up; in a round all run in turn")
+    only: Literal["frechet", "distances", "network"] | None = option(None, "one part alone; none: all")
+    count: int = option(10_000, "vectors a side, of distances")
+    dimensions: int = option(2048, "numbers in a vector, of frechet and distances")
+    batch_size: int = option(64, "pictures at once, of network")
+    image_size: int = option(256, "picture side, of network")
+    weights: str | None = option(
+        None,
+        "ADM's Inception graph; none: the cached one, else random weights in its layout",
+        flags=("--inception",),
+    )
+
+
+QUICK: Mapping[str, Any] = {"rounds": 2, "count": 2000, "dimensions": 1024, "batch_size": 16}
 
 
 def measure_frechet(dimensions: int, rounds: int) -> dict[str, Any]:
@@ -39,11 +57,11 @@ def measure_frechet(dimensions: int, rounds: int) -> dict[str, Any]:
         "scipy.linalg.sqrtm": lambda: through_matrix_root(first, second),
     }
     values: dict[str, Any] = {}
-    timings = interleaved({name: keeping(values, name, run) for name, run in runs.items()}, rounds)
+    timings = interleaved({name: keeping(values, name, run) for name, run in runs.items()}, rounds, CPU)
     ours, baseline = values.values()
     return {
         "title": f"Fréchet distance, {dimensions} dimensions",
-        "rows": rows_of(timings, "scipy.linalg.sqrtm"),
+        "rows": rows_of(timings, dict.fromkeys(timings, Work()), "scipy.linalg.sqrtm"),
         "values": values,
         "notes": [f"the distances are {ours:.8g} and {baseline:.8g}, {abs(ours / baseline - 1):.1e} apart"],
     }
@@ -61,24 +79,13 @@ def measure_distances(count: int, dimensions: int, rounds: int) -> dict[str, Any
     reference, samples = (features(count, dimensions, seed) for seed in (0, 1))
     devices = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
     values: dict[str, Any] = {}
-    megabytes: dict[str, float] = {}
-
-    def watched(name: str, run: Callable[[], Any]) -> Callable[[], None]:
-        def measured() -> None:
-            with watch_memory() as added:
-                values[name] = run()
-            megabytes[name] = max(megabytes.get(name, 0.0), added.megabytes)
-
-        return measured
-
     runs: dict[str, Callable[[], None]] = {}
     for device in devices:
         ours, plain = f"ours, {device}", f"torch.cdist, {device}"
-        runs[ours] = watched(ours, lambda device=device: precision_recall(reference, samples, device=device))  # type: ignore[misc]
-        runs[plain] = watched(plain, lambda device=device: through_cdist(reference, samples, device))  # type: ignore[misc]
-    rows = rows_of(interleaved(runs, rounds), "torch.cdist, cpu")
-    for name, row in rows.items():
-        row["added_mb"] = megabytes[name]
+        runs[ours] = keeping(values, ours, lambda device=device: precision_recall(reference, samples, device=device))  # type: ignore[misc]
+        runs[plain] = keeping(values, plain, lambda device=device: through_cdist(reference, samples, device))  # type: ignore[misc]
+    timings = interleaved(runs, rounds, CPU)
+    rows = rows_of(timings, dict.fromkeys(timings, Work(memory_gib=0.0)), "torch.cdist, cpu")
     shown = "; ".join(f"{name}: {precision:.4f} and {recall:.4f}" for name, (precision, recall) in values.items())
     return {
         "title": f"precision and recall, {count} x {count} vectors of {dimensions}",
@@ -123,9 +130,8 @@ def measure_network(graph: str | None, batch: int, side: int, rounds: int, width
             name: keeping(pools, name, lambda network=network: network.activations(pictures)[0])  # type: ignore[misc]
             for name, network in networks.items()
         }
-        rows = rows_of(interleaved(runs, rounds), "tensorflow")
-    for row in rows.values():
-        row["pictures_per_second"] = batch / row["seconds"]
+        timings = interleaved(runs, rounds, CPU)
+        rows = rows_of(timings, dict.fromkeys(timings, Work(images=batch)), "tensorflow")
     first = pools.pop("torch, cpu")
     differences = {name: float(np.abs(pool - first).max() / np.abs(first).max()) for name, pool in pools.items()}
     notes += [
@@ -153,58 +159,29 @@ def graph_file(given: str | None, width: float) -> Iterator[tuple[str, str]]:
         yield path, f"a graph of ADM's layout with random weights{'' if width == 1 else f', {width:g} x its width'}"
 
 
-def measure(
-    only: str | None, graph: str | None, count: int, dimensions: int, batch: int, side: int, rounds: int
-) -> dict[str, Any]:
-    """All parts, or the one named `only`."""
+def measure(settings: EvaluationSettings) -> dict[str, Any]:
+    """All parts, or the one named `only`. A part's rows are named "PART: CONTESTANT"."""
+    rounds = settings.rounds
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "frechet": lambda: measure_frechet(dimensions, rounds),
-        "distances": lambda: measure_distances(count, dimensions, rounds),
-        "network": lambda: measure_network(graph, batch, side, rounds),
+        "frechet": lambda: measure_frechet(settings.dimensions, rounds),
+        "distances": lambda: measure_distances(settings.count, settings.dimensions, rounds),
+        "network": lambda: measure_network(settings.weights, settings.batch_size, settings.image_size, rounds),
     }
-    return {
-        "measured": "eval",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "scipy": scipy.__version__,
-        "rounds": rounds,
-        "parts": {name: run() for name, run in parts.items() if only in (None, name)},
-    }
+    found = {name: run() for name, run in parts.items() if settings.only in (None, name)}
+    rows = {f"{part}: {name}": row for part, one in found.items() for name, row in one.pop("rows").items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"settings": recorded(settings, device=device), "scipy": scipy.__version__, "parts": found, "rows": rows}
 
 
 def show(result: Mapping[str, Any]) -> str:
     """The result as a table per part; a ratio above 1 is faster than the baseline, whose own is 1."""
-    lines = [f"{result['device']}, {result['threads']} threads, torch {result['torch']}, SciPy {result['scipy']}, "
-             f"median of {result['rounds']} rounds"]  # fmt: skip
-    for part in result["parts"].values():
-        extra = [key for key in ("added_mb", "pictures_per_second") if key in next(iter(part["rows"].values()))]
-        titles = {"added_mb": "adds, MB", "pictures_per_second": "pictures/s"}
-        lines += ["", part["title"]]
-        lines.append(
-            f"{'':<22}{'seconds':>10}{'fastest':>10}{'slowest':>10}{'speed':>9}" + "".join(f"{titles[k]:>12}" for k in extra)
-        )
-        for name, row in part["rows"].items():
-            speed = "" if row["speed"] is None else f"{row['speed']:.2f} x"
-            lines.append(f"{name:<22}{row['seconds']:>10.3f}{row['fastest']:>10.3f}{row['slowest']:>10.3f}{speed:>9}"
-                         + "".join(f"{row[key]:>12.1f}" for key in extra))  # fmt: skip
-        lines += part["notes"]
+    lines = [*heading(result), f"SciPy {result['scipy']}"]
+    for part, found in result["parts"].items():
+        prefix = f"{part}: "
+        rows = {name.removeprefix(prefix): row for name, row in result["rows"].items() if name.startswith(prefix)}
+        titles = {"images_per_second": "pictures/s", "peak_memory_gib": "adds, GiB"}
+        lines += ["", found["title"], *table(rows, titles), *found["notes"]]
     return "\n".join(lines)
-
-
-def rows_of(timings: Mapping[str, Timing], baseline: str) -> dict[str, dict[str, Any]]:
-    """Per contestant its seconds and its speed against `baseline`, None where that did not run."""
-    base = timings.get(baseline)
-    return {
-        name: {
-            "seconds": timing.median,
-            "fastest": timing.fastest,
-            "slowest": timing.slowest,
-            "speed": base.median / timing.median if base else None,
-        }
-        for name, timing in timings.items()
-    }
 
 
 def keeping(results: dict[str, Any], name: str, run: Callable[[], Any]) -> Callable[[], None]:

@@ -2,81 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.ceiling import ceilings
+from benchmarks.contestants import NOTHING_TO_COMPARE, OURS, PLAIN, Contestant, contestants, is_plain, with_numerics
+from benchmarks.devices import choose_device
+from benchmarks.memory import weights_gib
+from benchmarks.options import DENSE, DeviceSettings, NetworkSettings, recorded
+from benchmarks.result import Work, heading, rows_of, table
 from benchmarks.timing import interleaved
-from models import METHODS, Backbone, create_model
 from models.token_density import TIMESTEPS
-from runtime.config import InputError
+from runtime.config import InputError, option
+from runtime.execution import ExecutionSettings, resolve_execution
+from runtime.logs import say
 from runtime.networks import mean_gmacs
 
 
-@torch.inference_mode()
-def measure(
-    model: str, method: str, options: Mapping[str, Any], latent_side: int, batch: int, rounds: int, timestep: int
-) -> dict[str, Any]:
-    """Seconds per forward pass of the dense backbone and of `method`, float32, eager; their ratio beside that of the MACs.
+@dataclass(frozen=True)
+class ForwardSettings(ExecutionSettings, NetworkSettings, DeviceSettings):
+    batch_size: int = option(1, "pictures of a pass")
+    timestep: int = option(0, "whose plan runs, 0 clean to 999 noise")
+
+
+QUICK_CPU: Mapping[str, Any] = {"model": "DiT-B/2", "image_size": 256, "rounds": 3}
+QUICK_GPU: Mapping[str, Any] = {"rounds": 3}
+
+
+def measure(settings: ForwardSettings) -> dict[str, Any]:
+    """Seconds per forward pass of the dense backbone and of the method; their ratio beside that of the MACs.
 
     Both run the plan of the original `timestep`, 0 .. 999, on which the tokens of a varying density depend.
     """
-    if not 0 <= timestep < TIMESTEPS:
-        raise InputError(f"--timestep is {timestep}; give one of 0 to {TIMESTEPS - 1}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = Backbone.named(model, (latent_side, latent_side))
-    dense = next(iter(METHODS))
-    with device:
-        chosen = {dense: {}, method: options}
-        networks = {name: create_model(name, backbone, given).eval() for name, given in chosen.items()}
-        x = torch.randn(batch, backbone.in_channels, latent_side, latent_side)
-        t, y = torch.full((batch,), timestep), torch.randint(0, backbone.num_classes, (batch,))
-    density = networks[method].density
-    plans = {name: network.plan(timestep) for name, network in networks.items()}
-    gmacs = {name: network.macs(plans[name]) / 1e9 for name, network in networks.items()}
-    runs = {name: (lambda network=network, plan=plans[name]: network(x, t, y, plan)) for name, network in networks.items()}
-    timings = interleaved(runs, rounds)
-    rows = {
-        name: {
-            "seconds": timing.median,
-            "fastest": timing.fastest,
-            "slowest": timing.slowest,
-            "gmacs": gmacs[name],
-            "gflops_per_second": 2 * batch * gmacs[name] / timing.median,
-        }
-        for name, timing in timings.items()
-    }
+    if not 0 <= settings.timestep < TIMESTEPS:
+        raise InputError(f"--timestep is {settings.timestep}; give one of 0 to {TIMESTEPS - 1}.")
+    device = choose_device(settings.device)
+    execution, blueprints, batch = resolve_execution(settings, device), settings.blueprints(), settings.batch_size
+    for line in execution.lines():
+        say(line)
+    with torch.no_grad():
+        competing = contestants(blueprints, execution)
+        runs = {name: run_of(one, batch, settings.timestep, device) for name, one in competing.items()}
+        works = {}
+        for name, one in competing.items():
+            gmacs = one.network.macs(one.network.plan(settings.timestep)) / 1e9
+            works[name] = Work(batch, None, gmacs, batch * gmacs, one.precision, weights_gib(one.network))
+        precisions = [one.precision for one in competing.values()]
+        ceiling = ceilings(device, precisions)
+        timings = interleaved(runs, settings.rounds, device)
+        ceiling = ceilings(device, precisions, ceiling)
+    method, density = blueprints[1], blueprints[1].density
     return {
-        "measured": "forward",
-        "model": model,
-        "latent_side": latent_side,
-        "batch": batch,
-        "timestep": timestep,
+        "settings": recorded(settings, device=device.type, execution=str(execution)),
         "density": None if density is None else str(density),
-        "grid": None if density is None else list(density.grid_at(timestep)),
-        "mean_gmacs": mean_gmacs(networks[method]) if networks[method].plan_varies else None,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "rounds": rounds,
-        "rows": rows,
-        "time_ratio": timings[method].median / timings[dense].median,
-        "macs_ratio": gmacs[method] / gmacs[dense],
+        "grid": None if density is None else list(density.grid_at(settings.timestep)),
+        "mean_gmacs": mean_gmacs(method) if method.plan_varies else None,
+        "rows": rows_of(timings, works, f"{DENSE}, {PLAIN}", ceiling),
+        "ceiling": ceiling,
+        "notes": [NOTHING_TO_COMPARE] if is_plain(execution) else [],
     }
+
+
+def run_of(contestant: Contestant, batch: int, timestep: int, device: torch.device) -> Callable[[], None]:
+    """One pass of random latents, all at one timestep, each with a label of its own."""
+    backbone = contestant.network.backbone
+    x = torch.randn(batch, backbone.in_channels, *backbone.latent_size, device=device)  # (N, C, H, W)
+    t = torch.full((1,), timestep, device=device)
+    y = torch.arange(batch, device=device) % backbone.num_classes  # (N,)
+    run = partial(contestant.predict, x, t, y, contestant.network.plan(timestep), None)
+    return with_numerics(contestant.precision, run)
 
 
 def show(result: Mapping[str, Any]) -> str:
     """The result as a table."""
-    lines = [f"{result['model']}, latents {result['latent_side']}, batch {result['batch']}, timestep {result['timestep']}, "
-             f"{result['device']}"]  # fmt: skip
+    settings, rows = result["settings"], result["rows"]
+    size = "x".join(map(str, settings["latent"])) if settings["latent"] else settings["image_size"]
+    lines = [f"{settings['model']} at {size}, batch {settings['batch_size']}, timestep {settings['timestep']}; ours: "
+             f"{settings['execution']}", *heading(result)]  # fmt: skip
     if result["density"] is not None:
-        line = f"token density {result['density']}: {'x'.join(map(str, result['grid']))} at timestep {result['timestep']}"
+        line = f"token density {result['density']}: {'x'.join(map(str, result['grid']))} at timestep {settings['timestep']}"
         if result["mean_gmacs"] is not None:
             line += f"; {result['mean_gmacs']:.4g} GMACs in the mean over all {TIMESTEPS:,} timesteps"
         lines.append(line)
-    lines.append(f"{'network':<12}{'seconds':>10}{'fastest':>10}{'slowest':>10}{'GMACs':>10}{'GFLOP/s':>10}")
-    for name, row in result["rows"].items():
-        lines.append(f"{name:<12}{row['seconds']:>10.4f}{row['fastest']:>10.4f}{row['slowest']:>10.4f}{row['gmacs']:>10.4g}"
-                     f"{row['gflops_per_second']:>10.1f}")  # fmt: skip
-    lines.append(f"time ratio {result['time_ratio']:.3f}, MACs ratio {result['macs_ratio']:.3f}")
-    return "\n".join(lines)
+    lines += table(rows)
+    for kind in (PLAIN, OURS):
+        first, second = (f"{name}, {kind}" for name in (DENSE, settings["method"]))
+        if first in rows and second in rows:
+            seconds = rows[second]["seconds"]["median"] / rows[first]["seconds"]["median"]
+            lines.append(f"{kind}: time ratio {seconds:.3f}, MACs ratio {rows[second]['gmacs'] / rows[first]['gmacs']:.3f}")
+    return "\n".join(lines + result["notes"])

@@ -5,38 +5,47 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.memory import watch_memory
+from benchmarks.memory import CPU
+from benchmarks.options import CommonSettings, recorded
+from benchmarks.result import Work, rows_of
+from benchmarks.timing import interleaved
+from runtime.config import option
 from runtime.pictures import pack_pictures, picture_path
 
 DISTINCT = 64
+PACKED = "packed"
 
 
-def measure(count: int, side: int) -> dict[str, Any]:
-    """Peak resident memory that packing `count` pictures adds to the process before it, in MB, and pictures per second."""
+@dataclass(frozen=True)
+class PackSettings(CommonSettings):
+    rounds: int = option(1, "how often they are packed; the process's memory is that of the round that adds most")
+    count: int = option(20_000, "pictures")
+    image_size: int = option(256, "picture side")
+
+
+QUICK: Mapping[str, Any] = {"count": 2000}
+
+
+def measure(settings: PackSettings) -> dict[str, Any]:
+    """Peak resident memory that packing `count` pictures adds to the process before it, and pictures per second."""
+    count, side = settings.count, settings.image_size
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "pictures")
+        folder, packed = Path(name, "pictures"), Path(name, "packed.npz")
         make_pictures(folder, count, side)
-        started = time.perf_counter()
-        with watch_memory() as added:
-            pack_pictures(folder, count, (side, side), Path(name, "packed.npz"))
-        seconds = time.perf_counter() - started
-        packed = Path(name, "packed.npz").stat().st_size
-    return {
-        "measured": "pack",
-        "count": count,
-        "side": side,
-        "added_mb": added.megabytes,
-        "npz_mb": packed / 1e6,
-        "pictures_per_second": count / seconds,
-    }
+        # The first round counts: memory that a warm-up took, the process would keep.
+        run = {PACKED: lambda: pack_pictures(folder, count, (side, side), packed)}
+        timings = interleaved(run, settings.rounds, CPU, warm_up=0)
+        size = packed.stat().st_size
+    rows = rows_of(timings, {PACKED: Work(images=count, memory_gib=0.0)}, "none")
+    return {"settings": recorded(settings), "npz_mb": size / 1e6, "rows": rows}
 
 
 def make_pictures(folder: Path, count: int, side: int) -> None:
@@ -55,7 +64,9 @@ def make_pictures(folder: Path, count: int, side: int) -> None:
 
 def show(result: Mapping[str, Any]) -> str:
     """The result in one line."""
+    settings, row = result["settings"], result["rows"][PACKED]
     return (
-        f"packing {result['count']} pictures of {result['side']} x {result['side']} into {result['npz_mb']:.0f} MB adds "
-        f"{result['added_mb']:.0f} MB to the process, {result['pictures_per_second']:.0f} pictures/s"
+        f"packing {settings['count']} pictures of {settings['image_size']} x {settings['image_size']} into "
+        f"{result['npz_mb']:.0f} MB adds {row['peak_memory_gib'] * 2**30 / 1e6:.0f} MB to the process, "
+        f"{row['images_per_second']:.0f} pictures/s"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -119,6 +120,7 @@ class NoiseSchedule:
     snr: np.ndarray = field(init=False)
     mean_error: np.ndarray = field(init=False)  # posterior standard deviations that an epsilon error of 1 moves the mean
     _on_device: dict[torch.device, Tables] = field(init=False, default_factory=dict, repr=False)
+    _respaced: dict[tuple[int, ...], NoiseSchedule] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.betas) != len(self.timesteps) or not ((self.betas > 0) & (self.betas < 1)).all():
@@ -155,19 +157,22 @@ class NoiseSchedule:
         return len(self.timesteps)
 
     @classmethod
+    @cache
     def linear(cls, steps: int = TIMESTEPS) -> NoiseSchedule:
-        """The schedule that DiT is trained with."""
+        """The schedule that DiT is trained with; the same object each time, so that its tables go to a device once."""
         return cls(linear_betas(steps), tuple(range(steps)))
 
     def respaced(self, spec: str | Sequence[int]) -> NoiseSchedule:
-        """This schedule with only the steps that `spec` (see `respaced_timesteps`) keeps.
+        """This schedule with only the steps that `spec` (see `respaced_timesteps`) keeps; the same object for the same steps.
 
         The betas follow from the kept alphas_cumprod, so that x_t at a kept step has the distribution it had before.
         """
-        kept = respaced_timesteps(spec, len(self))
-        alphas_cumprod = self.alphas_cumprod[kept]
-        betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-        return NoiseSchedule(betas, tuple(self.timesteps[index] for index in kept))
+        kept = tuple(respaced_timesteps(spec, len(self)))
+        if kept not in self._respaced:
+            alphas_cumprod = self.alphas_cumprod[list(kept)]
+            betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+            self._respaced[kept] = NoiseSchedule(betas, tuple(self.timesteps[index] for index in kept))
+        return self._respaced[kept]
 
     def tables(self, device: torch.device) -> Tables:
         """The float32 tables on `device`; copied there on the first call only, later calls touch no memory."""

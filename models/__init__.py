@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from models.dit import Backbone, DiT
 from models.layers import Plan
@@ -42,13 +44,31 @@ def create_model(method: str, backbone: Backbone, options: Mapping[str, Any] | N
     return kind(backbone, from_mapping(kind.options_type, options or {}, f"method {method}"))
 
 
-def checkpoint_blocks(network: DiT) -> None:
+aten = torch.ops.aten
+PRODUCTS = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing keeps: nearly all of a block's arithmetic. Products of batches (bmm) are not among them: they
+are the attention scores where no kernel fuses them, the largest of all tensors.
+"""
+
+
+def checkpoint_blocks(network: DiT, selective: bool = False) -> None:
     """Gradient checkpointing: from now on each block's activations are recomputed in backward instead of stored.
 
-    Networks draw no random numbers, so the recomputed activations equal the stored ones bit for bit.
+    Selective: what matrix products and attention put out is stored, and the cheap rest recomputed. Networks draw no random
+    numbers, so the recomputed activations equal the stored ones bit for bit. Blocks are checkpointed first, then compiled.
     """
+    recomputing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if selective:
+        recomputing = partial(recomputing, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
     for block in network.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(recomputing, block.forward)
 
 
 def compile_blocks(network: DiT, mode: str, plans: Iterable[Plan]) -> None:
@@ -59,9 +79,13 @@ def compile_blocks(network: DiT, mode: str, plans: Iterable[Plan]) -> None:
     """
     import torch._dynamo  # a second, which others need not wait
 
-    # Whole batch and guided half batch, a last smaller batch of each.
-    shapes = 4 * len(set(plans))
+    # The full map and every plan's tokens, each in whole batches and guided half ones, and in a last smaller batch of each.
+    shapes = 4 * (1 + len(set(plans)))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes)
+    # It cuts graphs where a data-parallel bucket ends, which a block is smaller than; checkpointed ones it cannot cut.
+    torch._dynamo.config.optimize_ddp = False
+    # It warns of in-place operations in what is selectively checkpointed; blocks have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in network.blocks:
         # CUDA graphs are recorded around the whole network, not inside.
         inner = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None

@@ -53,16 +53,20 @@ class Float32Linear(nn.Linear):
 
 
 class PatchEmbedder(nn.Module):
-    """Latent -> one token per patch: a convolution whose stride is its kernel."""
+    """Latent -> one token per patch: a convolution whose stride is its kernel, computed as a product of flattened patches."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        # A convolution would lay tokens out channel by channel, and every norm up to the next attention would pay for it.
+        patch, weight = self.proj.kernel_size[0], self.proj.weight.flatten(1)  # (D, C p p)
+        cells = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (N, C, rows, p, columns, p)
+        patches = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C p p)
         # At low noise the prediction is a small difference of large numbers: they must not be rounded on the way in.
         with without_autocast(x):
-            return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, C, H, W) -> (N, T, D)
+            return F.linear(patches.to(weight.dtype), weight, self.proj.bias)  # (N, T, D)
 
     def macs(self, tokens: int) -> int:
         return linear_macs(self.proj, tokens)

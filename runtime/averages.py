@@ -1,4 +1,4 @@
-"""Losses between two log lines: their means over steps, micro-batches and processes. No step reads the device back."""
+"""Losses between two log lines: their means over steps, micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LossAverages:
-    """Sums of losses over finite steps, by name, and of the total by interval of timesteps."""
+    """Sums of losses over finite steps, by name, and of the total by interval of timesteps. Only `take` reads the device."""
 
     def __init__(self, intervals: Sequence[range], accelerator: Accelerator) -> None:
         self.intervals, self.accelerator = intervals, accelerator
@@ -25,14 +25,13 @@ class LossAverages:
             self._step_by_interval[0, interval] += parts["loss"]
             self._step_by_interval[1, interval] += 1
 
-    def end_step(self, finite: bool) -> None:
-        """Counts the step in, or leaves it out where its gradients were not finite."""
-        if finite:
-            self._steps += 1
-            for name, value in self._step.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-            if len(self.intervals) > 1:
-                self._by_interval += self._step_by_interval
+    def end_step(self, finite: Tensor) -> None:
+        """Counts the step in, or leaves it out where its gradients were not `finite` () bool."""
+        self._steps += finite
+        for name, value in self._step.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.where(finite, 0.0)
+        if len(self.intervals) > 1:
+            self._by_interval += self._step_by_interval.where(finite, 0.0)
         self._begin_step()
 
     def take(self) -> dict[str, float]:
@@ -42,13 +41,14 @@ class LossAverages:
         draw different ones, so sums and counts are added before dividing.
         """
         values: dict[str, float] = {}
-        if self._steps:  # the same on every process, as all skip the same steps
+        steps = int(self._steps)  # the same on every process, as all skip the same steps
+        if steps:
             names = sorted(self._sums)
-            means = torch.stack([self._sums[name] / self._steps for name in names])
+            means = torch.stack([self._sums[name] / steps for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
             averages = dict(zip(names, means.tolist(), strict=True))
             values = {"loss": averages.pop("loss"), **averages}
-        if self._steps and len(self.intervals) > 1:
+        if steps and len(self.intervals) > 1:
             sums, counts = self.accelerator.reduce(self._by_interval, reduction="sum").tolist()
             for timesteps, total, count in zip(self.intervals, sums, counts, strict=True):
                 if count:
@@ -58,7 +58,7 @@ class LossAverages:
 
     def _empty(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         self._by_interval = torch.zeros(2, len(self.intervals), device=self.accelerator.device)  # sums of losses; how many
 
     def _begin_step(self) -> None:

@@ -31,11 +31,12 @@ class InputError(ValueError):
     """Something the user gave cannot work. The message is one sentence: what is wrong, with its name, and what to do."""
 
 
-def option(default: Any, help: str, *, flags: Sequence[str] = (), words: Sequence[str] = ()) -> Any:
-    """A dataclass field with its help text, further names for its flag (`flags=("--global-seed",)`), and names for the words of
-    a flag that takes a fixed number (`words=("LOW", "HIGH")`).
+def option(default: Any, help: str, *, flags: Sequence[str] = (), words: Sequence[str] = (), bare: str | None = None) -> Any:
+    """A dataclass field with its help text, further names for its flag (`flags=("--global-seed",)`), names for the words of a
+    flag that takes a fixed number (`words=("LOW", "HIGH")`), and what the flag means that is given without a value (`bare`).
     """
-    return dataclasses.field(default=default, metadata={"help": help, "flags": tuple(flags), "words": tuple(words)})
+    metadata = {"help": help, "flags": tuple(flags), "words": tuple(words), "bare": bare}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
@@ -198,10 +199,19 @@ class ArgumentParser(argparse.ArgumentParser):
             if annotations[field.name] in (bool, bool | None):
                 action: Any = argparse.BooleanOptionalAction
                 group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, action=action, help=text)
-            else:
-                metavar, count = _metavar(annotations[field.name]), _count(annotations[field.name])
-                words = metavar if count is None else field.metadata.get("words") or (metavar,) * count
-                group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, nargs=count, metavar=words, help=text)
+                continue
+            metavar, count = _metavar(annotations[field.name]), _count(annotations[field.name])
+            words = metavar if count is None else field.metadata.get("words") or (metavar,) * count
+            bare = field.metadata.get("bare")
+            group.add_argument(
+                *flags,
+                dest=field.name,
+                default=argparse.SUPPRESS,
+                nargs=count if bare is None else "?",
+                const=bare,
+                metavar=words,
+                help=text,
+            )
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's, with the underscores of every flag's name turned into dashes first."""

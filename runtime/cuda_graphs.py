@@ -75,6 +75,7 @@ class CudaCapture:
                 run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Pictures may be decoded in another thread meanwhile, whose allocations are none of this recording's business.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = run()
         return output, graph.replay

@@ -20,15 +20,15 @@ def promised_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def choose_precision(requested: str, tf32: bool | None = None) -> tuple[str, str | None]:
+def choose_precision(requested: str, tf32: bool | None, device: torch.device) -> tuple[str, str | None]:
     """("fp32", "tf32", "bf16" or "fp16", a sentence to print when it is not what was asked for).
 
-    "auto" takes the launcher's `--mixed_precision` fp16 or bf16; otherwise what `tf32` says; otherwise bf16 on a GPU that has
-    it, float32 elsewhere. `tf32` is DiT's flag: float32 storage, products rounded to TF32 or not.
+    "auto" takes the launcher's `--mixed_precision` fp16 or bf16; otherwise what `tf32` says; otherwise bf16 on a `device`
+    of CUDA's that has it, float32 elsewhere. `tf32` is DiT's flag: float32 storage, products rounded to TF32 or not.
     """
     # accelerate says "no" also when nobody asked: that must not make float32 the default on a GPU.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "")
-    gpu = torch.cuda.is_available()
+    gpu = device.type == "cuda"
     if requested == "auto":
         full = None if tf32 is None else "tf32" if tf32 else "fp32"
         requested = launched or full or ("bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32")
@@ -39,7 +39,7 @@ def choose_precision(requested: str, tf32: bool | None = None) -> tuple[str, str
     if requested not in ("fp32", "tf32", "bf16", "fp16"):
         raise InputError(f"precision {requested!r} is not supported; choose fp32, tf32, bf16 or fp16.")
     if requested in ("fp16", "tf32") and not gpu:
-        return "fp32", f"{requested} needs a GPU and this machine has none: computed in float32."
+        return "fp32", f"{requested} needs a CUDA device and this is {device.type}: computed in float32."
     return requested, None
 
 

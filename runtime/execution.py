@@ -74,14 +74,13 @@ def resolve_execution(settings: ExecutionSettings, device: torch.device) -> Exec
     gpu = device.type == "cuda"
     if settings.precision == "fp8":
         check_fp8(device)
-    precision, note = choose_precision("bf16" if settings.precision == "fp8" else settings.precision, settings.tf32)
+    precision, note = choose_precision("bf16" if settings.precision == "fp8" else settings.precision, settings.tf32, device)
     compiled = settings.compile
     if compiled == "auto":
         compiled = "default" if gpu and importlib.util.find_spec("triton") else "none"
     if compiled != "none":
         check_compiler(device)
-    if not gpu and settings.attention in ("cudnn", "efficient"):
-        raise InputError(f"--attention {settings.attention} needs a GPU; choose auto, flash or math.")
+    check_attention(settings.attention, precision, device)
     return Execution(
         device,
         "fp8" if settings.precision == "fp8" else precision,
@@ -107,6 +106,18 @@ def check_compiler(device: torch.device) -> None:
         raise InputError("--compile needs a C++ compiler, and none is found; install g++, or give --compile none.") from None
 
 
+def check_attention(kernel: str, precision: str, device: torch.device) -> None:
+    """InputError unless the device has the kernel, for what it multiplies in this precision."""
+    there = {"cpu": ("auto", "flash", "math"), "cuda": ("auto", *KERNELS)}.get(device.type, ("auto",))
+    if kernel not in there:
+        raise InputError(f"--attention {kernel} does not exist on {device.type}; choose {' or '.join(there)}.")
+    if device.type == "cuda" and kernel in ("cudnn", "flash") and precision not in HALF:
+        raise InputError(
+            f"--attention {kernel} takes no float32 on a GPU, and --precision is {precision}; choose bf16 or fp16, "
+            "or --attention efficient."
+        )
+
+
 def check_fp8(device: torch.device) -> None:
     """InputError unless the device multiplies in fp8 and torchao is installed."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
@@ -118,7 +129,9 @@ def check_fp8(device: torch.device) -> None:
 class Executor:
     """A network ready to sample: `executor(x, t, y, plan, index)` as the network's own forward.
 
-    The network's weights are converted in place; it can be sampled from alone afterwards.
+    The network's weights are converted in place; it can be sampled from alone afterwards. TF32 is a setting of the process,
+    and torch hands compiled blocks to any network of the same shapes whatever its attention kernel: the executors of one
+    process share both.
     """
 
     def __init__(self, network: DiT, execution: Execution) -> None:
@@ -166,4 +179,6 @@ def round_to_fp8(network: DiT) -> None:
     def chosen(module: nn.Module, name: str) -> bool:
         return type(module) is nn.Linear and "adaLN_modulation" not in name and min(module.weight.shape) % 16 == 0
 
-    quantize_(network.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=chosen)
+    # Its settings for the compiler would hold for the whole process, and older releases also change how float32 multiplies.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(network.blocks, config, filter_fn=chosen)

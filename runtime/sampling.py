@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 from data.latents import Codec, CodecSpec, resolve_codec
 from diffusion.guidance import Interval, Predict, check_guidance, classifier_free_guidance
 from diffusion.samplers import SAMPLERS
-from diffusion.schedule import NoiseSchedule
+from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from models import Backbone, DiT
 from models.token_density import TIMESTEPS
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
+from runtime.decoding import decoded
 from runtime.density_report import density_lines
 from runtime.execution import ExecutionSettings
 from runtime.networks import build_with, canonical, described, fit_weights, method_name, recognized, summary, with_density
 from runtime.seeding import Keys, integers, normal
 
-DECODED_AT_ONCE = 8
 LATENT_FACTOR = 8
 """Pixels per latent of the autoencoders that released checkpoints, which do not say, were trained with."""
 
@@ -40,7 +41,7 @@ class SamplingSettings:
     guidance_channels: Literal["3", "all"] = option("3", "channels that guidance acts on; 3 is DiT's published protocol")
     guidance_interval: tuple[float, float] | None = option(
         None,
-        "guidance only at timesteps of 1000 x LOW to 1000 x HIGH, 0 clean and 1 noise: other steps cost half; none: all",
+        "guide only the steps whose timestep / 1000 is LOW to HIGH, 0 clean and 1 noise; the others cost half; none: all",
         words=("LOW", "HIGH"),
     )
     sampler: Literal["ddpm", "ddim"] = option("ddpm", "ancestral sampling, or DDIM with eta 0")
@@ -116,14 +117,15 @@ class Checkpoint:
         origin_alone = replace(self.weights, state={})  # the tensors are in the network now
         return replace(self, network=network.eval().requires_grad_(False), weights=origin_alone)
 
-    def lines(self, steps: str) -> list[str]:
-        """What is printed before sampling with the respaced `steps`: origin, network, density and its costs."""
+    def lines(self, settings: SamplingSettings) -> list[str]:
+        """What is printed before sampling: origin, network, density, and what a picture costs under `settings`."""
         note = [] if self.density_note is None else [self.density_note]
         return [
             self.weights.origin,
             summary(self.network, self.model),
-            *density_lines(self.network, self.model, steps),
+            *density_lines(self.network, self.model, settings.num_sampling_steps),
             *note,
+            str(sampling_cost(self.network, settings)),
         ]
 
     def check_codec(self, spec: CodecSpec) -> None:
@@ -257,6 +259,30 @@ def guided_channels(settings: SamplingSettings) -> int | None:
     return None if settings.guidance_channels == "all" else int(settings.guidance_channels)
 
 
+class SamplingCost(NamedTuple):
+    """What one picture costs."""
+
+    scale: float  # of guidance
+    steps: int
+    guided_steps: int
+    passes: int  # of the network: one a step, and another where it is guided
+    macs: int  # multiply-accumulates of all passes
+
+    def __str__(self) -> str:
+        where = "all" if self.guided_steps == self.steps else f"{self.guided_steps} of"
+        guidance = f"guidance {self.scale:g} at {where} {self.steps} steps" if self.guided_steps else "no guidance"
+        return f"{guidance}: {self.passes} network passes and {self.macs / 1e12:.4g} TMACs per picture"
+
+
+def sampling_cost(network: DiT, settings: SamplingSettings) -> SamplingCost:
+    """What a picture costs under `settings`, each step under its own plans."""
+    timesteps, interval = respaced_timesteps(settings.num_sampling_steps), Interval.of(settings.guidance_interval)
+    guided = [t for t in timesteps if settings.cfg_scale != 1.0 and interval.holds(t)]
+    plans = Counter(network.guidance_plans(t)[0] for t in timesteps) + Counter(network.guidance_plans(t)[1] for t in guided)
+    macs = sum(count * network.macs(plan) for plan, count in plans.items())
+    return SamplingCost(settings.cfg_scale, len(timesteps), len(guided), plans.total(), macs)
+
+
 @torch.no_grad()
 def sample_latents(
     network: nn.Module,
@@ -307,13 +333,7 @@ def sample_pictures(
     predict: Predict | None = None,
 ) -> Tensor:
     """Pictures `index` (N,) with `labels` (N,). -> (N, H, W, 3) uint8 on the CPU"""
-    return decode_pictures(codec, sample_latents(network, settings, labels, index, seed, device, predict))
-
-
-def decode_pictures(codec: Codec, latents: Tensor) -> Tensor:
-    """Latents (N, C, h, w) -> pictures (N, H, W, 3) uint8 on the CPU"""
-    # A decoder needs far more memory a picture than the network does.
-    return torch.cat([codec.decode(part).cpu() for part in latents.split(DECODED_AT_ONCE)])
+    return torch.cat(list(decoded(codec, sample_latents(network, settings, labels, index, seed, device, predict))))
 
 
 def picture_grid(pictures: Tensor, columns: int | None = None) -> Tensor:

@@ -19,6 +19,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_WITHOUT_FLOAT64 = {"mps"}
+"""Kinds of device that have no float64: their draws are made on the CPU and copied."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 def uniform(keys: Keys, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
     """Independent uniform numbers in (0, 1). -> (N, *shape) float32 on the device of `keys.index`."""
     # 23 bits and a half are exact in float32: the half keeps both ends open, where a 24th bit would round up to 1.
-    return _shaped(_words(keys, purpose, math.prod(shape)), shape, lambda w: ((w >> 9).double() + 0.5) * 2.0**-23).float()
+    words = _words(keys, purpose, math.prod(shape))  # (N, count)
+    return _shaped(words, shape, lambda w: ((w >> 9).double() + 0.5) * 2.0**-23).float().to(keys.index.device)
 
 
 def normal(keys: Keys, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
@@ -65,7 +68,7 @@ def normal(keys: Keys, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
     # float64, so that the last bit of a device's logarithm cannot change the float32 that comes out.
     radius, angle = torch.sqrt(-2.0 * torch.log(words[:, 0::2])), 2.0 * math.pi * words[:, 1::2]
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2)  # (N, even / 2, 2)
-    return pairs.flatten(1)[:, :count].float().reshape(len(keys.index), *shape)
+    return pairs.flatten(1)[:, :count].float().reshape(len(keys.index), *shape).to(keys.index.device)
 
 
 def integers(keys: Keys, purpose: str, high: int | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -73,7 +76,9 @@ def integers(keys: Keys, purpose: str, high: int | Tensor, shape: tuple[int, ...
 
     `high` may be a tensor () int64, where a compiled graph must not depend on the number.
     """
-    return _shaped(_words(keys, purpose, math.prod(shape)), shape, lambda w: (w * high) >> 32)
+    words = _words(keys, purpose, math.prod(shape))  # (N, count)
+    bound = high.to(words.device) if isinstance(high, Tensor) else high
+    return _shaped(words, shape, lambda w: (w * bound) >> 32).to(keys.index.device)
 
 
 def permutation(seed: int, purpose: str, epoch: int, size: int) -> np.ndarray:
@@ -91,7 +96,9 @@ def key_words(seed: int, purpose: str) -> tuple[int, int]:
 
 
 def _words(keys: Keys, purpose: str, count: int) -> Tensor:
-    """`count` random 32-bit words for every sample. -> (N, count) int64"""
+    """`count` random 32-bit words for every sample. -> (N, count) int64; on the CPU where the keys' device has no float64"""
+    if keys.index.device.type in _WITHOUT_FLOAT64:
+        keys = keys.on(torch.device("cpu"))
     index = keys.index.reshape(-1, 1)  # (N, 1)
     block = torch.arange((count + 3) // 4, device=index.device).reshape(1, -1)  # (1, ceil(count / 4))
     step = torch.zeros_like(index) + keys.step  # (N, 1)

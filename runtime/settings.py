@@ -21,6 +21,9 @@ from runtime.config import (
     to_mapping,
 )
 
+PROFILED = 5
+"""Steps that `--profile` records where no number is given."""
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -54,9 +57,21 @@ class TrainingSettings:
     ema_decay: float = option(0.9999, "decay of the averaged weights")
     ema_warmup: bool = option(True, "decay min(ema_decay, (1 + step) / (10 + step)): short runs average too")
     seed: int = option(0, "names every random draw of the run", flags=("--global-seed",))
-    precision: str = option("auto", "fp32, tf32, bf16 or fp16; auto: the launcher's --mixed_precision, else bf16 on a GPU")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "auto",
+        "of matrix products, weights are float32 in any case; auto: the launcher's --mixed_precision, else bf16 on a GPU",
+    )
     tf32: bool | None = option(None, "of older commands: true is --precision tf32, false is --precision fp32")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
+    compile: Literal["auto", "none", "default", "max-autotune"] = option(
+        "auto", "compile the blocks; takes minutes the first time; auto: default on a GPU, none on a CPU"
+    )
+    gradient_checkpointing: Literal["none", "selective", "full"] = option(
+        "none",
+        "what backward computes again instead of storing it; selective: all but matrix products and attention; full: whole "
+        "blocks, a third more time; without a value: full",
+        bare="full",
+    )
+    prefetch: bool | None = option(None, "read the next batch while a step computes; none: on a GPU")
     num_workers: int = option(0, "of old commands, without effect: one memory map outruns reading processes")
     log_every: int = option(100, "steps between log lines")
     checkpoint_every: int = option(10_000, "steps between checkpoints", flags=("--ckpt-every",))
@@ -67,6 +82,20 @@ class TrainingSettings:
     cfg_scale: float = option(4.0, "guidance scale of a grid")
     vae: str | None = option(None, "decoder of grids: ema, mse, taesd, pixels or a folder; none: the features' own")
     non_finite_limit: int = option(5, "stop after this many steps in a row whose gradients are not finite")
+    profile: int = option(
+        0,
+        f"record this many steps and write where their time went to the run's folder; without a value: {PROFILED}",
+        bare=str(PROFILED),
+    )
+
+    @staticmethod
+    def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings as files of any age hold them: checkpointing was on or off, and a profile may be."""
+        meant: Mapping[str, tuple[Any, Any]] = {"gradient_checkpointing": ("none", "full"), "profile": (0, PROFILED)}
+        return {
+            key: meant[name][value] if isinstance(value, bool) and (name := str(key).replace("-", "_")) in meant else value
+            for key, value in settings.items()
+        }
 
 
 LEAST = {
@@ -83,7 +112,7 @@ LEAST = {
         "sample_count",
         "non_finite_limit",
     ),
-    0: ("warmup_steps", "weight_decay", "sample_every"),
+    0: ("warmup_steps", "weight_decay", "sample_every", "profile"),
 }
 """The least value of settings that may not be smaller."""
 
@@ -99,7 +128,9 @@ MAY_CHANGE = frozenset(
         "gradient_accumulation",
         "precision",
         "tf32",
+        "compile",
         "gradient_checkpointing",
+        "prefetch",
         "num_workers",
         "log_every",
         "checkpoint_every",
@@ -110,6 +141,7 @@ MAY_CHANGE = frozenset(
         "cfg_scale",
         "vae",
         "non_finite_limit",
+        "profile",
     }
 )
 """Settings that a resumed run may change: they do not alter which numbers it computes beyond rounding."""

@@ -5,27 +5,30 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from diffusion.schedule import Timesteps
 from models import DiT, Plan
 from runtime.averages import LossAverages
 from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_header, read_tensors, save_checkpoint
+from runtime.compilation import allow_graphs, prepare_blocks, training_execution
 from runtime.config import InputError, to_mapping
 from runtime.density_groups import group_of, group_timestep, interval_of
 from runtime.ema import ExponentialMovingAverage
+from runtime.lagged_reads import LaggedReads
 from runtime.logs import RunLog, memory_gib, say
-from runtime.seeding import Keys, key_words
+from runtime.prefetch import Prefetcher
+from runtime.profiling import StepProfiler
+from runtime.seeding import Keys
 from runtime.settings import TrainingSettings
+from runtime.update import learning_rate, make_optimizer, update
 
 
 class Objective(Protocol):
@@ -86,23 +89,11 @@ class TrainingStep(nn.Module):
         return total, {**parts, "loss": total.detach()}
 
 
-def allow_graphs(accelerator: Accelerator, plans: Sequence[tuple[range, Plan]]) -> None:
-    """Where the launcher asks for compilation (`accelerate launch --dynamo_backend`): one graph for each signature."""
-    plugin = accelerator.state.dynamo_plugin
-    if plugin.backend == DynamoBackend.NO:
-        return
-    import torch._dynamo  # a second, which others need not wait
-
-    torch.compiler.assume_constant_result(key_words)
-    if plugin.dynamic is None:  # torch's default would make the second grid met a variable, and slow graphs for any grid
-        plugin.dynamic = False
-    signatures = {plan.signature for _, plan in plans}
-    # Beyond its limit, of 8, torch goes back to running uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(signatures))
-
-
 class Trainer:
-    """Runs `TrainingStep` from the current step to the last, logging, averaging, and saving everything in one file."""
+    """Runs `TrainingStep` from the current step to the last, logging, averaging, and saving everything in one file.
+
+    On a GPU the host stays a step ahead of the device: what a step found comes to it one step later.
+    """
 
     def __init__(
         self,
@@ -114,32 +105,39 @@ class Trainer:
         run: Path,
         header: Mapping[str, Any],
         grid: Callable[[nn.Module, int], Tensor] | None = None,
+        lag: int | None = None,
     ) -> None:
-        """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) of the averaged network and step.
+        """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) of the averaged network and step;
+        `lag` is after how many steps the host learns whether one was finite (None: 1 on a GPU, else 0).
 
         `settings.density_groups` is a number that `check_groups` lets pass.
         """
         assert settings.density_groups is not None
         self.settings, self.accelerator, self.data, self.run_folder = settings, accelerator, data, run
         self.header, self.grid = dict(header), grid
-        self.network = network.to(accelerator.device)
+        self.device = accelerator.device
+        gpu = self.device.type == "cuda"
+        self.network = network.to(self.device)
         self.groups, self.plans = settings.density_groups, network.training_plans()
         self.ema = ExponentialMovingAverage(self.network, settings.ema_decay, settings.ema_warmup)
-        self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=(0.9, settings.adam_beta2),
-            weight_decay=settings.weight_decay,
-        )
+        # After the average was copied, which runs as it is.
+        prepare_blocks(self.network, settings.gradient_checkpointing, training_execution(settings, self.device).compile)
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         step_module = TrainingStep(self.network, objective, settings.seed)
         allow_graphs(accelerator, self.plans)
-        self.step_module, self.optimizer = accelerator.prepare(step_module, optimizer)
+        self.step_module, self.optimizer = accelerator.prepare(step_module, make_optimizer(parameters, settings))
         self.last_step = settings.max_steps or math.ceil(settings.epochs * len(data) / settings.global_batch_size)
+        self.share = settings.global_batch_size // (accelerator.num_processes * settings.gradient_accumulation)
         self.step = 0
         self.skipped_steps = 0
         self._saved_step = -1
         self._skipped_in_a_row = 0
+        self._signals: list[int] = []
+        self._leaving = False
+        self._verdicts = LaggedReads(int(gpu) if lag is None else lag)
+        ahead = gpu if settings.prefetch is None else settings.prefetch
+        batches = self.last_step * settings.gradient_accumulation
+        self._prefetcher = Prefetcher(self._read_batch, batches, self.device) if ahead else None
         self.losses = LossAverages([timesteps for timesteps, _ in self.plans], accelerator)
 
     # The loop --------------------------------------------------------------------------------------------------------
@@ -149,10 +147,9 @@ class Trainer:
         main = self.accelerator.is_main_process
         if self.step >= self.last_step and main:
             say(f"nothing to do: the run is at step {self.step} of {self.last_step}; raise --max-steps to train on.")
-        terminated: list[int] = []
 
         def stop(number: int, frame: Any) -> None:
-            terminated.append(number)
+            self._signals.append(number)
             if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step; a second SIGTERM is a launcher's habit
                 signal.signal(number, previous[signal.SIGINT])
 
@@ -162,70 +159,102 @@ class Trainer:
             signal.signal(number, stop)
         log = RunLog(self.run_folder, self.step) if main else None
         bar = tqdm(total=self.last_step, initial=self.step, desc="train", unit="step", disable=not main, dynamic_ncols=True)
-        self._started, self._logged_step = time.perf_counter(), self.step
+        steps = min(self.settings.profile, self.last_step - self.step)
+        profiler = StepProfiler(self.run_folder / "profile", steps, self.device) if main and steps > 0 else None
+        self._start_measuring()
         try:
-            while self.step < self.last_step and not self._agreed(bool(terminated)):
+            while self.step < self.last_step and not self._leaving:
                 gradient_norm = self.optimize()
                 bar.update()
-                if self.step % self.settings.log_every == 0 or self.step == self.last_step:
-                    values = self._averages(gradient_norm)
-                    bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}")
-                    if log:
-                        log.scalars(self.step, values)
-                if main and self.step % self.settings.checkpoint_every == 0 and not self._spoilt:
-                    self.save()
-                if log and self.grid and self.step % self.settings.sample_every == 0:
-                    log.picture(self.step, "samples", self.grid(self.ema.network, self.step))
+                self._after_step(gradient_norm, bar, log)
+                if profiler:
+                    profiler.step()
+            self.settle()
             if self._spoilt:
-                raise InputError(self._not_finite())
+                raise InputError(self._not_finite(self.step))
             if main and self.step != self._saved_step:
                 self.save()
             if main and self.step < self.last_step:
-                by = signal.Signals(terminated[0]).name if terminated else "a signal to another process"
+                by = signal.Signals(self._signals[0]).name if self._signals else "a signal to another process"
                 say(f"stopped by {by}; saved at step {self.step}, the same command continues.")
         finally:
             for number in signals:
                 signal.signal(number, previous[number])
             bar.close()
+            self.close()
+            if profiler:
+                profiler.close()
             if log:
                 log.close()
 
-    def _agreed(self, terminated: bool) -> bool:
-        """Whether any process was told to stop: they must leave at the same step, or the rest would wait for the gone."""
-        if self.accelerator.num_processes == 1:
-            return terminated
-        flag = torch.tensor(float(terminated), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+    def _after_step(self, gradient_norm: Tensor, bar: tqdm[Any], log: RunLog | None) -> None:
+        """Log line, checkpoint and sample grid of the current step, where they are due."""
+        settings, step = self.settings, self.step
+        logged = step % settings.log_every == 0 or step == self.last_step
+        saved = step % settings.checkpoint_every == 0
+        if logged or saved:
+            self.settle()  # on every process at the same steps: what is found may end the run
+        if logged:
+            values = self._averages(gradient_norm)
+            bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}")
+            if log:
+                log.scalars(step, values)
+        if saved and self.accelerator.is_main_process and not self._spoilt:
+            self.save()
+        if log and self.grid and step % settings.sample_every == 0:
+            log.picture(step, "samples", self.grid(self.ema.network, step))
 
     def optimize(self) -> Tensor:
-        """One optimizer step: forward and backward over this process's share, then the update. -> gradient norm ()"""
+        """One optimizer step: forward and backward over this process's share, then the update. -> gradient norm ()
+
+        Nothing in it waits for the device, but the verdict on the step `lag` before. InputError where that ends the run.
+        """
         rate = learning_rate(self.settings, self.step, self.last_step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        device, processes = self.accelerator.device, self.accelerator.num_processes
         accumulation = self.settings.gradient_accumulation
-        share = self.settings.global_batch_size // (processes * accumulation)
-        seen: list[Tensor] = []
-        number = torch.full((), self.step, dtype=torch.int64, device=device)
+        sound: list[Tensor] = []
+        number = torch.full((), self.step, dtype=torch.int64, device=self.device)
         for micro in range(accumulation):
-            start = (micro * processes + self.accelerator.process_index) * share
-            positions = torch.arange(start, start + share)
-            latents, labels = self.data.batch_at(self.step, positions, device)
-            seen.append(latents)
+            start = self._start_of(micro)
+            place = self.step * accumulation + micro
+            latents, labels = self._prefetcher.take(place) if self._prefetcher else self._read_batch(place)
+            sound.append(torch.isfinite(latents).all())
             interval = self._interval_at(start)
             timesteps, plan = self.plans[interval]
-            bounds = (torch.full((), bound, dtype=torch.int64, device=device) for bound in (timesteps.start, timesteps.stop))
-            batch = Batch(latents, labels, positions.to(device), Timesteps(*bounds), plan)
+            bounds = (torch.full((), b, dtype=torch.int64, device=self.device) for b in (timesteps.start, timesteps.stop))
+            positions = torch.arange(start, start + self.share, device=self.device)
+            batch = Batch(latents, labels, positions, Timesteps(*bounds), plan)
             with self.accelerator.accumulate(self.step_module):
                 loss, parts = self.step_module(batch, number)
                 self.accelerator.backward(loss)
             self.losses.add(parts, interval, 1 / accumulation)
-        norm = self._update()
-        if self._skipped_in_a_row and not all(bool(torch.isfinite(latents).all()) for latents in seen):
-            raise InputError(
-                f"{self.settings.feature_path} holds numbers that are not finite (met at step {self.step}); extract it again."
-            )
+        norm, finite = update(self.network, self.optimizer, self.ema, self.settings.gradient_clip, self.step, self.accelerator)
+        self.losses.end_step(finite)
+        self.step += 1
+        for step, verdict in self._verdicts.put(self.step, self._verdict(finite, torch.stack(sound).all())):
+            self._judge(step, *verdict)
         return norm
+
+    def settle(self) -> None:
+        """Waits for the verdicts on all steps so far. InputError where one of them ends the run."""
+        for step, verdict in self._verdicts.settle():
+            self._judge(step, *verdict)
+
+    def close(self) -> None:
+        """Ends the thread that reads ahead."""
+        if self._prefetcher:
+            self._prefetcher.close()
+
+    def _start_of(self, micro: int) -> int:
+        """The first position in the global batch of this process's part of a micro-batch."""
+        return (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.share
+
+    def _read_batch(self, place: int) -> tuple[Tensor, Tensor]:
+        """Latents and labels of this process's part of the run's micro-batch `place`."""
+        step, micro = divmod(place, self.settings.gradient_accumulation)
+        start = self._start_of(micro)
+        return self.data.batch_at(step, torch.arange(start, start + self.share), self.device)
 
     def _interval_at(self, position: int) -> int:
         """The interval of `self.plans` from which the group of a position draws its timesteps at this step."""
@@ -235,57 +264,50 @@ class Trainer:
         timestep = group_timestep(self.settings.seed, self.step, group, self.groups)
         return interval_of([timesteps for timesteps, _ in self.plans], timestep)
 
-    def _update(self) -> Tensor:
-        """Applies the accumulated gradients, unless they are not finite; then the average and the logged losses follow."""
-        self.accelerator.unscale_gradients(self.optimizer)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = get_total_norm(gradients)
-        # Gradients are reduced over the processes, so all of them decide alike.
-        finite = bool(torch.isfinite(norm))
-        if finite and self.settings.gradient_clip is not None:
-            clip_grads_with_norm_(self.parameters, self.settings.gradient_clip, norm)
-        if finite:
-            self.optimizer.step()
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # lowers its scale
-        self.optimizer.zero_grad()
-        if finite:
-            self.ema.update(self.network, self.step)
-        self.losses.end_step(finite)
-        self._count_skipped(finite)
-        self.step += 1
-        return norm
+    def _verdict(self, finite: Tensor, sound: Tensor) -> Tensor:
+        """What the host must know of a step, all processes together: how many had gradients that were not finite, data that
+        were not, a signal to stop; and the gradient scaler's scale. -> (4,) float32
+        """
+        stopped = torch.full((), float(bool(self._signals)), device=self.device)
+        counts = self.accelerator.reduce(torch.stack(((~finite).float(), (~sound).float(), stopped)), reduction="sum")
+        one, scaler = torch.ones((1,), device=self.device), self.accelerator.scaler
+        return torch.cat((counts, one if scaler is None else scaler.scale(one)))
 
-    def _count_skipped(self, finite: bool) -> None:
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        self.skipped_steps += not finite
-        if self._skipped_in_a_row < self.settings.non_finite_limit:
+    def _judge(self, step: int, not_finite: float, unsound: float, stopped: float, scale: float) -> None:
+        """Counts a step in or as skipped. InputError where its data are broken or too many in a row were not finite."""
+        self._leaving = self._leaving or stopped > 0
+        if not not_finite:
+            self._skipped_in_a_row = 0
             return
-        scaler = self.accelerator.scaler
+        self._skipped_in_a_row += 1
+        self.skipped_steps += 1
         # While a scaler finds its scale, overflowing steps are its business.
-        if scaler is None or scaler.get_scale() <= 1.0:
-            raise InputError(self._not_finite())
+        if self._skipped_in_a_row >= self.settings.non_finite_limit and scale <= 1.0:
+            raise InputError(self._not_finite(step))
+        if unsound:
+            raise InputError(
+                f"{self.settings.feature_path} holds numbers that are not finite (met at step {step}); extract it again."
+            )
 
     @property
     def _spoilt(self) -> bool:
         """In a row of steps that are not finite the weights may be spoilt already; with a scaler that is its search."""
         return self._skipped_in_a_row > 0 and self.accelerator.scaler is None
 
-    def _not_finite(self) -> str:
+    def _not_finite(self, step: int) -> str:
         saved = checkpoints(self.run_folder)
         good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
         return (
-            f"training stopped at step {self.step}: the gradients were not finite {self._skipped_in_a_row} steps in a row; "
+            f"training stopped at step {step}: the gradients were not finite {self._skipped_in_a_row} steps in a row; "
             f"{good}; lower --learning-rate, set --gradient-clip, or use bf16 or fp32."
         )
 
     def _averages(self, gradient_norm: Tensor) -> dict[str, float]:
         """Mean losses of the finite steps since the last call, over all processes, and the speed."""
         values = self.losses.take()
-        seconds = time.perf_counter() - self._started
-        speed = (self.step - self._logged_step) / seconds
         if torch.isfinite(gradient_norm):  # JSON has no NaN; skipped_steps tells of it
             values["gradient_norm"] = float(gradient_norm)
+        speed = (self.step - self._logged_step) / (time.perf_counter() - self._started)
         values |= {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "steps_per_second": speed,
@@ -293,8 +315,14 @@ class Trainer:
             "memory_gib": memory_gib(),
             "skipped_steps": self.skipped_steps,
         }
-        self._started, self._logged_step = time.perf_counter(), self.step
+        self._start_measuring()
         return values
+
+    def _start_measuring(self) -> None:
+        """From here on the next log line's speed, and on a GPU its peak of memory, are measured."""
+        self._started, self._logged_step = time.perf_counter(), self.step
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -329,8 +357,9 @@ class Trainer:
             raise InputError(f"{path} is no training checkpoint of ours; give it as --pretrained to start from its weights.")
         moments, state = read_tensors(path, "optimizer/"), self.optimizer.state_dict()
         names = {name: place for place, name in enumerate(self._parameter_names())}
-        stepped = names if header["step"] > header["skipped_steps"] else ()
-        if {key.rpartition("/")[0] for key in moments} != set(stepped):
+        held = {key.rpartition("/")[0] for key in moments}
+        stepped = header["step"] > header["skipped_steps"]  # before the first step that counts there may be no moments
+        if held != names.keys() and (held or stepped):
             raise InputError(f"{path} lacks optimizer state; delete it, and the same command continues from the one before.")
         for prefix, network in (("model/", self.network), ("ema/", self.ema.network)):
             tensors = read_tensors(path, prefix)
@@ -350,13 +379,3 @@ class Trainer:
 
     def _parameter_names(self) -> list[str]:
         return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
-
-
-def learning_rate(settings: TrainingSettings, step: int, last_step: int) -> float:
-    """The rate of optimizer step `step`, counted from 0: linear warm-up, then constant or a half cosine down to 0."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.learning_rate_schedule == "constant":
-        return settings.learning_rate
-    progress = (step - settings.warmup_steps) / max(1, last_step - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from models import METHODS, Backbone, DiT
 from models.weights import LoadingPlan, identify
 from runtime.checkpoint import Weights
 from runtime.networks import blueprint, build_with
+from runtime.sampling import plain_forward
 
 TOLERANCE = 2e-5
 GUIDANCE = {"cfg_x", "cfg_t", "cfg_y", "cfg_scale", "cfg_out"}
@@ -154,10 +156,10 @@ def test_guidance(path: Path) -> None:
     network, _ = golden.network()
     assert guidance_error(network, golden) < TOLERANCE
     x, t, y = (golden.arrays[f"cfg_{name}"] for name in "xty")
-    half, null = len(x) // 2, golden.backbone.num_classes
+    half, null, predict = len(x) // 2, golden.backbone.num_classes, partial(plain_forward, network)
     assert (y[half:] == null).all()
     for place in range(half):  # the sampler's own path, one timestep at a time
-        denoise = classifier_free_guidance(network, y[place : place + 1], null, float(golden.arrays["cfg_scale"]))
+        denoise = classifier_free_guidance(predict, y[place : place + 1], null, float(golden.arrays["cfg_scale"]))
         ours = denoise(x[place : place + 1], int(t[place]))
         assert error(ours, golden.arrays["cfg_out"][place : place + 1]) < 2 * TOLERANCE
 

@@ -16,7 +16,6 @@ from small_runs import Result, call, random_network, succeed
 from torch import Tensor, nn
 
 import sample_ddp
-from benchmarks import forward
 from diffusion.schedule import NoiseSchedule
 from models import METHODS, Backbone, DiT
 from runtime.checkpoint import save_checkpoint
@@ -196,12 +195,12 @@ def test_two_processes_make_the_bytes_of_one(bug: bool, varying: Path, tmp_path:
     sampled(varying, tmp_path / "one", count=12)
     plan, blocks = METHODS["sparsedit"].plan, sample_ddp.sample_blocks
 
-    def as_two(settings: Any, model: Any, codec: Any, target: Path, state: Any) -> None:
+    def as_two(settings: Any, executor: Any, codec: Any, target: Path, state: Any) -> None:
         for rank in range(2):
             if bug:
                 monkeypatch.setattr(METHODS["sparsedit"], "plan", lambda self, t, rank=rank: plan(self, t * (1 - rank)))
             alike = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=False, device=state.device)
-            blocks(settings, model, codec, target, alike)
+            blocks(settings, executor, codec, target, alike)
 
     monkeypatch.setattr(sample_ddp, "sample_blocks", as_two)
     sampled(varying, tmp_path / "two", count=12)
@@ -376,25 +375,3 @@ def test_a_set_from_before_of_another_grid_or_method_is_refused(fixed: Path, tmp
     result = call("sample_ddp", *words(fixed, tmp_path))
     assert result.code == 2
     assert "made with another method, options, density; give" in result.err
-
-
-# benchmark.py forward ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("timestep", [0, 999])
-def test_the_benchmark_times_the_plan_of_a_timestep(timestep: int) -> None:
-    result = forward.measure("DiT-T/2", "sparsedit", {"density": "3,1@0,500"}, 8, 1, 1, timestep)
-    model = METHODS["sparsedit"](Backbone.named("DiT-T/2", (8, 8)), METHODS["sparsedit"].options_type(density="3,1@0,500"))
-    assert result["rows"]["sparsedit"]["gmacs"] == model.macs(model.plan(timestep)) / 1e9
-    assert result["macs_ratio"] == result["rows"]["sparsedit"]["gmacs"] / result["rows"]["dense"]["gmacs"]
-    grid, mean = "3x3" if timestep == 0 else "1x1", f"{model.mean_macs() / 1e9:.4g} GMACs in the mean over all 1,000 timesteps"
-    shown = forward.show(result)
-    assert f"token density 3,1@0,500: {grid} at timestep {timestep}; {mean}" in shown
-    assert f" {model.macs(model.plan(timestep)) / 1e9:.4g} " in shown
-
-
-@pytest.mark.parametrize(("method", "density"), [("sparsedit", "3"), ("dense", None)])
-def test_the_benchmark_names_no_mean_where_nothing_varies(method: str, density: str | None) -> None:
-    shown = forward.show(forward.measure("DiT-T/2", method, {} if density is None else {"density": density}, 8, 1, 1, 0))
-    assert "in the mean" not in shown
-    assert ("token density 3: 3x3 at timestep 0" in shown) is (density is not None)

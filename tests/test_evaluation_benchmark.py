@@ -22,26 +22,27 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_frechet_and_sqrtm_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "result.json"
-    run(monkeypatch, "eval", "--only", "frechet", "--dimensions", "48", "--rounds", "1", "--json", str(path))
-    part = json.loads(path.read_text())["parts"]["frechet"]
-    ours, baseline = part["values"].values()
+    run(monkeypatch, "eval", "--only", "frechet", "--dimensions", "48", "--rounds", "1", "--output", str(tmp_path))
+    result = json.loads((tmp_path / "eval.json").read_text())
+    ours, baseline = result["parts"]["frechet"]["values"].values()
     assert ours == pytest.approx(baseline, rel=1e-6)
-    assert part["rows"]["scipy.linalg.sqrtm"]["speed"] == 1
+    assert result["rows"]["frechet: scipy.linalg.sqrtm"]["ratio"] == {"median": 1, "fastest": 1, "slowest": 1}
     shown = capsys.readouterr().out
     assert "Fréchet distance, 48 dimensions" in shown
     assert f"{ours:.8g}" in shown
 
 
-def test_distances_and_cdist_nearly_agree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("eval", "--only", "distances", "--count", "400", "--dimensions", "16", "--rounds", "1")
+def test_distances_and_cdist_nearly_agree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("eval", "--only", "distances", "--count", "400", "--dimensions", "16", "--rounds", "1", "--output", str(tmp_path))
     run(monkeypatch, *words)
-    assert "adds, MB" in capsys.readouterr().out
+    assert "adds, GiB" in capsys.readouterr().out
     part = evaluation.measure_distances(400, 16, 1)
     ours, baseline = part["values"]["ours, cpu"], part["values"]["torch.cdist, cpu"]
     assert ours == pytest.approx(baseline, abs=0.02)
     assert 0.1 < baseline[0] < 1
-    assert all(row["added_mb"] >= 0 for row in part["rows"].values())
+    assert all(row["peak_memory_gib"] >= 0 for row in part["rows"].values())
 
 
 def test_network_backends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,10 +50,10 @@ def test_network_backends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     part = evaluation.measure_network(None, batch=2, side=40, rounds=1, width=0.05)
     assert "random weights, 0.05 x its width" in part["title"]
-    assert part["rows"]["torch, cpu"]["pictures_per_second"] > 0
+    assert part["rows"]["torch, cpu"]["images_per_second"] > 0
     if "tensorflow" in part["rows"]:
         assert part["values"]["tensorflow"] < 1e-4
-        assert part["rows"]["tensorflow"]["speed"] == 1
+        assert part["rows"]["tensorflow"]["ratio"]["median"] == 1
 
 
 def test_network_without_tensorflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,14 +63,16 @@ def test_network_without_tensorflow(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         raise InputError("TensorFlow is not installed.")
 
     monkeypatch.setattr(evaluation, "check_network", missing)
-    result = {"device": "cpu", "threads": 1, "torch": "2", "scipy": "1", "rounds": 1}
     part = evaluation.measure_network(None, batch=1, side=32, rounds=1, width=0.05)
-    shown = evaluation.show(result | {"parts": {"network": part}})
     assert list(part["rows"]) == ["torch, cpu"]
+    rows = {f"network: {name}": row for name, row in part.pop("rows").items()}
+    assert "ratio" not in rows["network: torch, cpu"]
+    shown = evaluation.show({"device": "cpu", "torch": "2", "scipy": "1", "parts": {"network": part}, "rows": rows})
     assert "no row for TensorFlow: TensorFlow is not installed." in shown
 
 
 def test_bad_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="--dimensions must be at least 1, not 0"):
         run(monkeypatch, "eval", "--dimensions", "0")
     with pytest.raises(InputError, match="no such file"):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusion.gaussian import EpsilonObjective, Timesteps
 from diffusion.schedule import NoiseSchedule
 from models import METHODS, Backbone, DiT, checkpoint_blocks, create_model
+from runtime.execution import Execution, ExecutionSettings, Executor, resolve_execution
 from runtime.sampling import SamplingSettings, sample_latents
 from runtime.seeding import Keys, normal
 from runtime.training import Batch, TrainingStep
@@ -128,3 +133,117 @@ def test_sampling_depends_on_seed_and_index_alone(method: str, density: str | No
     whole = sample_latents(network, settings, index % 10, index, 0, device)
     part = sample_latents(network, settings, index[2:4] % 10, index[2:4], 0, device)
     assert (whole[2:4] - part).abs().max() < 1e-2 * whole.abs().max()
+
+
+# Execution of sampling -----------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+FORMS: dict[str, dict[str, Any]] = {
+    "compiled": {"compile": "default"},
+    "graphs": {"cuda_graphs": True},
+    "compiled graphs": {"compile": "default", "cuda_graphs": True},
+    "efficient": {"attention": "efficient"},
+    "math": {"attention": "math"},
+}
+HALF_FORMS = {**FORMS, "cudnn": {"attention": "cudnn"}, "flash": {"attention": "flash"}}
+QUICK = SamplingSettings(4.0, guidance_interval=(0.2, 0.9), num_sampling_steps="8")
+
+
+def sampled(network: DiT, execution: Execution) -> torch.Tensor:
+    """Latents of six pictures by a copy of the network: guided and unguided steps, of several grids where it has them."""
+    index = torch.arange(6, device="cuda")
+    executor = Executor(copy.deepcopy(network), execution)
+    return sample_latents(executor.network, QUICK, index % 10, index, 0, CUDA, executor)
+
+
+def forwarded(network: DiT, execution: Execution) -> torch.Tensor:
+    """One step as guidance runs it."""
+    x, _, _ = batch()
+    labels, rows = torch.tensor([1, 2, 10], device="cuda"), torch.arange(8, device="cuda") % 3
+    with torch.no_grad():
+        timestep = torch.tensor([450], device="cuda")
+        return Executor(copy.deepcopy(network), execution)(x, timestep, labels, network.plan(450), rows)
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours.float() - exact.float()).norm() / exact.float().norm())
+
+
+@contextmanager
+def reads_raise() -> Iterator[None]:
+    """Any operation that makes the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("method", "density"), [("dense", None), ("sparsedit", GRIDS)])
+def test_a_fast_form_in_float32_is_the_plain_one(method: str, density: str | None, form: str) -> None:
+    network = randomised(method, density).eval()
+    plain = forwarded(network, Execution(CUDA))
+    assert plain.abs().max() > 0.1
+    assert error(forwarded(network, Execution(CUDA, **FORMS[form])), plain) < 1e-5
+
+
+@pytest.mark.parametrize("form", HALF_FORMS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fast_form_in_half_precision_is_as_near_to_float32_as_autocast_is(method: str, precision: str, form: str) -> None:
+    network = randomised(method).eval()
+    exact = forwarded(network, Execution(CUDA))
+    x, _, _ = batch()
+    labels, rows = torch.tensor([1, 2, 10], device="cuda"), torch.arange(8, device="cuda") % 3
+    with torch.no_grad(), torch.autocast("cuda", {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]):
+        plain = network(x, torch.tensor([450], device="cuda"), labels, network.plan(450), index=rows)
+    ours = forwarded(network, Execution(CUDA, precision, **HALF_FORMS[form]))
+    assert 0 < error(ours, exact) < 1.1 * error(plain, exact)
+
+
+@pytest.mark.parametrize("form", ["graphs", "compiled graphs"])
+def test_sampling_through_graphs_is_sampling_without(form: str) -> None:
+    """Several graphs that share memory, replayed in turn."""
+    network = randomised("sparsedit", GRIDS).eval()
+    without = Execution(CUDA, **{**FORMS[form], "cuda_graphs": False})
+    plain = sampled(network, without)
+    assert error(sampled(network, Execution(CUDA, **FORMS[form])), plain) < 1e-4
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_sampling_never_waits_for_the_device(sampler: str, graphs: bool) -> None:
+    network = randomised("sparsedit", GRIDS).eval()
+    executor = Executor(network, Execution(CUDA, "bf16", cuda_graphs=graphs))
+    settings = SamplingSettings(4.0, guidance_interval=(0.2, 0.9), num_sampling_steps="8", sampler=sampler)  # type: ignore[arg-type]
+    index = torch.arange(6, device="cuda")
+    arguments = network, settings, index % 10, index, 0, CUDA, executor
+    first = sample_latents(*arguments)  # records; noise tables and timesteps go to the device
+    with reads_raise():
+        again = sample_latents(*arguments)
+    assert error(again, first) < 1e-2
+
+
+def test_a_read_is_noticed() -> None:
+    with reads_raise(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.ones(1, device="cuda").item()
+
+
+def test_what_is_on_by_default_runs() -> None:
+    execution = resolve_execution(ExecutionSettings(), CUDA)
+    assert execution.cuda_graphs
+    network = randomised("sparsedit", GRIDS).eval()
+    assert error(sampled(network, execution), sampled(network, Execution(CUDA))) < 0.1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="no torchao")
+@pytest.mark.parametrize("form", ["compiled", "compiled graphs"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fp8_is_near_float32(method: str, form: str) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("a GPU that does not multiply in fp8")
+    network = randomised(method).eval()
+    exact = forwarded(network, Execution(CUDA))
+    bf16, fp8 = (forwarded(network, Execution(CUDA, precision, **FORMS[form])) for precision in ("bf16", "fp8"))
+    assert error(bf16, exact) < error(fp8, exact) < 0.1

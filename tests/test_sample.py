@@ -14,47 +14,20 @@ import pytest
 import torch
 from conftest import LiteralRun
 from PIL import Image
-from small_runs import ROOT, Result, call, kill, random_network, start, succeed, write_features
+from sampling_runs import COUNT, assert_refused, flags
+from sampling_runs import checkpoint as checkpoint
+from sampling_runs import words as words
+from small_runs import ROOT, call, kill, start, succeed, write_features
 
 import sample_ddp
 from data.latents import PIXELS
 from data.manifest import FeatureSettings
 from diffusion import samplers
-from models import Backbone
 from runtime import sampling
-from runtime.checkpoint import checkpoints, read_weights, save_checkpoint
+from runtime.checkpoint import checkpoints, read_weights
 from runtime.files import sha256
-from runtime.networks import describe
 from runtime.pictures import pack_pictures
 from runtime.sampling import draw_labels
-
-COUNT = 10
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random network that makes pictures of 8 x 8 without a decoder, as `train.py export` writes it."""
-    torch.manual_seed(0)
-    network = random_network("sparsedit", Backbone.named("DiT-T/2", (8, 8), in_channels=3, num_classes=4))
-    codec = {"name": "pixels", "architecture": "pixels", "channels": 3, "factor": 1, "scale": 1.0, "shift": 0.0}
-    header = {
-        "network": describe(network, "DiT-T/2"),
-        "data": {"image_size": 8, "codec": codec, "classes": ["tench", "church", "golf ball", "chain saw"]},
-        "step": 7,
-    }
-    path = tmp_path_factory.mktemp("sample") / "small.safetensors"
-    save_checkpoint(path, network.state_dict(), header)
-    return path
-
-
-@pytest.fixture
-def words(checkpoint: Path, tmp_path: Path) -> list[str]:
-    return flags(checkpoint, tmp_path)
-
-
-def flags(checkpoint: Path, samples: Path) -> list[str]:
-    return ["--ckpt", str(checkpoint), "--num-fid-samples", str(COUNT), "--num-sampling-steps", "3",
-            "--per-proc-batch-size", "4", "--sample-dir", str(samples), "--sample-name", "set"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +60,8 @@ def test_pngs_and_npz_hold_the_same_pictures(words: list[str], tmp_path: Path) -
 def test_the_record_beside_says_how(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
     succeed("sample_ddp", *words, "--cfg-scale", "2.5", "--guidance-channels", "all", "--labels", "balanced", "--seed", "3")
     record = json.loads((tmp_path / "set.json").read_text())
-    assert record["guidance"] == {"scale": 2.5, "channels": "all"}
+    assert record["guidance"] == {"scale": 2.5, "channels": "all", "interval": None}
+    assert record["execution"] == {"compile": "none", "attention": "auto", "cuda_graphs": False}
     assert record["checkpoint"]["sha256"] == sha256(checkpoint)
     expected = {"method": "sparsedit", "model": "DiT-T/2", "sampler": "ddpm", "steps": "3", "labels": "balanced", "seed": 3,
                 "count": COUNT, "weights": "ema", "image_size": 8, "num_classes": 4, "precision": "fp32"}  # fmt: skip
@@ -141,13 +115,13 @@ def test_balanced_labels_are_equal_counts_and_random_ones_are_not() -> None:
 
 def test_labels_reach_the_network(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.Tensor] = []
-    sample = sampling.sample_latents
+    sample = sample_ddp.sample_latents
 
     def noting(network, settings, labels, *rest):
         asked.append(labels)
         return sample(network, settings, labels, *rest)
 
-    monkeypatch.setattr(sampling, "sample_latents", noting)
+    monkeypatch.setattr(sample_ddp, "sample_latents", noting)
     succeed("sample_ddp", *words, "--labels", "balanced")
     assert torch.cat(asked)[:COUNT].tolist() == [index % 4 for index in range(COUNT)]
     with np.load(tmp_path / "set.npz") as archive:
@@ -164,12 +138,13 @@ def test_samplers_and_step_lists(sampler: str, words: list[str], tmp_path: Path)
 # Restarts ------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_a_random_moment_and_restarted(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoding", ["--no-overlap-decoding", "--overlap-decoding"])
+def test_killed_at_a_random_moment_and_restarted(decoding: str, checkpoint: Path, tmp_path: Path) -> None:
     # One step takes milliseconds: many steps and pictures keep the process busy until it is killed.
     more = ["--num-fid-samples", "40", "--num-sampling-steps", "30"]
     (tmp_path / "whole").mkdir()
     succeed("sample_ddp", *flags(checkpoint, tmp_path / "whole"), *more)
-    words = [*flags(checkpoint, tmp_path), *more]
+    words = [*flags(checkpoint, tmp_path), *more, decoding]
     after, patience = random.randint(1, 20), random.uniform(0, 0.1)
     process = start([ROOT / "sample_ddp.py", *words], tmp_path)
     try:
@@ -224,7 +199,7 @@ def test_what_a_kill_left_half_written_is_removed(words: list[str], whole: bytes
 
 def test_finished_pictures_are_not_made_again(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     succeed("sample_ddp", *words)
-    monkeypatch.setattr(sample_ddp, "sample_pictures", lambda *arguments: pytest.fail("sampled again"))
+    monkeypatch.setattr(sample_ddp, "sample_latents", lambda *arguments: pytest.fail("sampled again"))
     succeed("sample_ddp", *words)
 
 
@@ -381,15 +356,6 @@ def test_sample_refuses_in_one_sentence(
     words, named = BAD_GRIDS[case]
     result = call("sample", *grid_words, *[word.replace("FOLDER", str(tmp_path)) for word in words])
     assert_refused(result, named)
-
-
-def assert_refused(result: Result, *named: str, last_line_only: bool = False) -> None:
-    """One sentence, exit code 2. `last_line_only`: a progress bar was drawn before it."""
-    assert result.code == 2, result.err
-    lines = result.err.strip().splitlines()
-    assert last_line_only or len(lines) == 1, result.err
-    for word in ("error: ", *named):
-        assert word in lines[-1]
 
 
 def test_average_is_what_is_sampled_unless_raw_is_asked_for(literal_run: LiteralRun) -> None:

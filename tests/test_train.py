@@ -21,7 +21,8 @@ from diffusion.gaussian import EpsilonObjective
 from runtime import distributed, settings
 from runtime.checkpoint import checkpoints
 from runtime.networks import build, described
-from runtime.training import Trainer, learning_rate
+from runtime.training import Trainer
+from runtime.update import learning_rate
 
 RUN = "DiT-T-2-sparsedit-64"
 
@@ -229,7 +230,8 @@ def test_a_step_that_is_not_finite_is_skipped(words: list[str], tmp_path: Path, 
     monkeypatch.setattr(Trainer, "_spoilt", False)  # so that the step's state is saved and can be compared
     succeed("train", *words, "--checkpoint-every", "1", "--keep-checkpoints", "6")
     run = tmp_path / RUN
-    assert differing(state_at(run, 3), state_at(run, 4)) == []  # weights, average and moments
+    left = differing(state_at(run, 3), state_at(run, 4))
+    assert all(name.startswith("ema/") for name in left)  # for the average, the weights stood still for a step
     assert len(differing(state_at(run, 4), state_at(run, 5))) > 100
     assert [line["skipped_steps"] for line in metrics(run)] == [0, 1, 1]
     assert header_at(run)["skipped_steps"] == 1

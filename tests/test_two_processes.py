@@ -25,10 +25,10 @@ DYNAMIC = ["--density", "4,3,2,1@0,150,500,750"]
 
 DRIVER = '''
 """Several trainings and samplings in one pair of processes: as they are, and each with one bug."""
-import os, signal, sys
+import functools, os, signal, sys
 
 sys.path.insert(0, sys.argv.pop(1))
-import accelerate
+import accelerate, torch
 import train, sample_ddp
 from runtime import sampling, training as step_loop
 from runtime.seeding import Keys, normal
@@ -47,6 +47,11 @@ def training(name, *more):
 
 training("accumulated", "--gradient-accumulation", "2")
 training("dynamic", *dynamic)
+
+compile_ = torch.compile
+torch.compile = lambda function, **chosen: compile_(function, dynamic=False, backend="aot_eager")
+training("fast", "--compile", "default", "--gradient-checkpointing", "selective", "--prefetch")
+torch.compile = compile_
 
 group_of = step_loop.group_of
 step_loop.group_of = lambda position, batch, groups: 0
@@ -88,6 +93,9 @@ def then_terminated(self, step, *rest):
 
 train.TrainingData.batch_at = then_terminated
 training("terminated", "--max-steps", "200")
+# On a GPU each learns of it a step later.
+Trainer.__init__ = functools.partialmethod(as_it_is, lag=1)
+training("terminated-late", "--max-steps", "200", "--log-every", "50", "--checkpoint-every", "50")
 print("left in peace", flush=True)
 '''
 
@@ -226,6 +234,11 @@ def test_sigterm_that_reaches_the_processes_in_different_steps_saves(variants: P
     assert outcome["out"].count("left in peace") == 2, outcome["err"][-2000:]
     assert "stopped by " in outcome["out"]  # by its own signal or by the other process's, whichever came first
     assert header_at(variants / "terminated")["step"] in (3, 4)
+    assert header_at(variants / "terminated-late")["step"] in (4, 5)
+
+
+def test_compiled_checkpointed_and_read_ahead_equals_plain(variants: Path, one_process: Path) -> None:
+    assert_equal_up_to_rounding(variants / "fast", one_process)
 
 
 def test_sampling_in_two_processes_gives_the_bytes_of_one(literal_run: LiteralRun, tmp_path: Path) -> None:

@@ -68,28 +68,28 @@ def test_the_recursion_ends_at_the_data(steps, v, discretization):
     assert 0.9 * discretization < np.abs(whiten @ covariance @ whiten.T - np.eye(4)).max() < discretization
 
 
-def clipped(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Moments:
+def clipped(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: int) -> Moments:
     right = predicted_moments(schedule, output, x_t, t)
     x0 = right.x0.clamp(-1, 1)
     return Moments(posterior_mean(schedule, x0, x_t, t), right.log_variance, x0)
 
 
-def interpolated_variance(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Moments:
+def interpolated_variance(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: int) -> Moments:
     right, weight = predicted_moments(schedule, output, x_t, t), (output[:, 1:] + 1) / 2
     tables = schedule.tables(x_t.device)
-    betas, variances = torch.exp(tables.log_betas[t[0]]), torch.exp(tables.posterior_log_variance_clipped[t[0]])
+    betas, variances = torch.exp(tables.log_betas[t]), torch.exp(tables.posterior_log_variance_clipped[t])
     return right._replace(log_variance=torch.log(weight * betas + (1 - weight) * variances))
 
 
-def unlearned_variance(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Moments:
+def unlearned_variance(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: int) -> Moments:
     return predicted_moments(schedule, output[:, :1], x_t, t)
 
 
-def swapped_variance(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Moments:
+def swapped_variance(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: int) -> Moments:
     return predicted_moments(schedule, torch.cat((output[:, :1], -output[:, 1:]), dim=1), x_t, t)
 
 
-def variance_as_deviation(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: Tensor) -> Moments:
+def variance_as_deviation(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, t: int) -> Moments:
     right = predicted_moments(schedule, output, x_t, t)
     return right._replace(log_variance=2 * right.log_variance)
 

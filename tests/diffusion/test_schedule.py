@@ -135,3 +135,10 @@ def test_tables_are_copied_to_a_device_once():
     picked = at(first.log_betas, torch.tensor([999, 0]), torch.zeros(2, 4, 3, 3))
     assert picked.shape == (2, 1, 1, 1)
     np.testing.assert_allclose(picked.flatten().numpy(), np.log([0.02, 1e-4]), rtol=1e-6)
+
+
+def test_a_second_batch_copies_no_tables() -> None:
+    """A copy from the host makes it wait for the device."""
+    first, second = (NoiseSchedule.linear().respaced(spec) for spec in ("10", [10]))
+    assert first.tables(torch.device("cpu")) is second.tables(torch.device("cpu"))
+    assert NoiseSchedule.linear().respaced("11").tables(torch.device("cpu")) is not first.tables(torch.device("cpu"))

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Backbone, DiT, SparseDiT, create_model
-from models.layers import Attention, Block, CrossAttention, modulate
+from models.layers import Attention, Block, Condition, CrossAttention, modulate
 from models.sparsedit import (
     Context,
     Grids,
@@ -116,7 +116,7 @@ def slow_forward(model: SparseDiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             tokens, is_full = slow_block(block, merged, before, modulation), True
         else:
             tokens = slow_block(block, tokens, tokens, modulation)
-    return model.unpatchify(model.final_layer(tokens, condition))
+    return model.unpatchify(model.final_layer(tokens, Condition(condition)))
 
 
 def double_network(options: Mapping[str, Any], latent_size: tuple[int, int] = (16, 16)) -> SparseDiT:

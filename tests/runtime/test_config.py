@@ -43,6 +43,7 @@ class Example:
     schedule: Literal["constant", "cosine"] = option("constant", "a choice")
     blocks: tuple[int, ...] = option((1, 3, 1, 1), "a list")
     grid: tuple[int, ...] | None = option(None, "a list or none")
+    bounds: tuple[float, float] | None = option(None, "two numbers or none", words=("LOW", "HIGH"))
     extra: dict = field(default_factory=dict)
 
 
@@ -84,6 +85,10 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("blocks", (1, 2), (1, 2)),
     ("grid", "none", None),
     ("grid", "8x8", (8, 8)),
+    ("bounds", ["0.2", 0.8], (0.2, 0.8)),
+    ("bounds", (0, 1), (0.0, 1.0)),
+    ("bounds", "0.2,0.8", (0.2, 0.8)),
+    ("bounds", "none", None),
     ("extra", {"a": [1]}, {"a": [1]}),
 ]
 
@@ -117,6 +122,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("blocks", [1.5], "a whole number, not 1.5"),
     ("blocks", [[1]], "a whole number, not [1]"),
     ("grid", True, "not True"),
+    ("bounds", [0.5], "takes 2 values, not 1"),
+    ("bounds", [0, 0.5, 1], "takes 2 values, not 3"),
+    ("bounds", ["low", "high"], "a number, not 'low'"),
+    ("bounds", 0.5, "a list such as"),
     ("extra", [1], "a group of `key: value` lines, not [1]"),
 ]
 
@@ -189,6 +198,7 @@ examples = st.builds(
     schedule=st.sampled_from(["constant", "cosine"]),
     blocks=lists,
     grid=st.none() | lists,
+    bounds=st.none() | st.tuples(st.floats(0, 1), st.floats(0, 1)),
     extra=st.dictionaries(text, whole | text, max_size=2),
 )
 
@@ -212,7 +222,9 @@ def test_flags_are_read_back(example: Example) -> None:
         flag = "--" + name.replace("_", "-")
         if name == "use_ema":
             given_flags.append(flag if value else f"--no-{name}")
-        elif name != "extra":
+        elif name == "bounds" and value is not None:
+            given_flags += [flag, *map(str, value)]
+        elif name not in ("extra", "bounds"):
             given_flags.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
     parsed = checked_values(Example, vars(parser().parse_args(given_flags)), "command line")
     assert {**to_mapping(example), "extra": {}} == to_mapping(Example(**parsed))
@@ -333,6 +345,14 @@ def test_flags_that_are_not_given_leave_no_trace() -> None:
     assert flags("--use-ema") == {"use_ema": True}
 
 
+def test_a_flag_of_two_words() -> None:
+    assert flags("--bounds", "0.2", "0.8") == {"bounds": ["0.2", "0.8"]}
+    assert flags("--bounds", "-1", "-.5", "--name", "x") == {"bounds": ["-1", "-.5"], "name": "x"}
+    for words in (["--bounds", "0.2"], ["--bounds", "0.2", "--name", "x"]):
+        assert "--bounds: expected 2 arguments" in sentence(lambda words=words: flags(*words))  # type: ignore[misc]
+    assert "unknown argument '0.9'" in sentence(lambda: flags("--bounds", "0.2", "0.8", "0.9"))
+
+
 def test_values_keep_their_underscores() -> None:
     assert flags("--name", "my_run_1", "--folder=/a_b/c-d=e") == {"name": "my_run_1", "folder": "/a_b/c-d=e"}
 
@@ -366,5 +386,6 @@ def test_help_shows_defaults_and_percent_signs(capsys: pytest.CaptureFixture[str
         "1,3,1,1",
         "{constant,cosine}",
         "--no-use-ema",
+        "--bounds LOW HIGH",
     ):
         assert words in shown

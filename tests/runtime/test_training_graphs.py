@@ -16,7 +16,7 @@ from small_runs import differing, metrics, state_at, succeed
 
 from models import Plan
 from runtime import seeding, training
-from runtime.training import allow_graphs
+from runtime.compilation import allow_graphs
 
 RUN = "DiT-16x2x2-2-sparsedit-64"
 TEN_OF_NINE = "4,4x3,3x4,3,3x2,2x3,4,2,2x1,1@0,100,200,300,400,500,600,700,800,900"

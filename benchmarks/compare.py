@@ -1,0 +1,117 @@
+"""Two results of one measurement: what got slower, beyond the spread of its rounds?"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.config import ArgumentParser, InputError
+
+MAY_DIFFER = ("rounds",)
+"""Settings that change how well something is measured, not what."""
+FASTER, SAME, SLOWER, ALONE = "faster", "same", "SLOWER", "only in one of them"
+
+
+class Compared(NamedTuple):
+    """One row in both results."""
+
+    name: str
+    before: float  # seconds, the median
+    after: float
+    verdict: str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`benchmark.py compare A.json B.json`: prints a table; the exit code, 1 where something got slower."""
+    parser = ArgumentParser(
+        "Says what got slower between two results of one measurement, beyond the spread of their rounds: its fastest round is\n"
+        "slower than the slowest one before. Exit code 1 where something did, 0 otherwise.",
+        "benchmark.py compare",
+    )
+    parser.add_argument("before", help="result before a change: a MEASUREMENT.json of benchmark.py")
+    parser.add_argument("after", help="result after it, of the same settings on the same device")
+    chosen = parser.parse_args(arguments)
+    before, after = read(chosen.before), read(chosen.after)
+    check_comparable(chosen.before, chosen.after, before, after)
+    found = compared(before["rows"], after["rows"])
+    print(show(before, after, found))
+    return int(any(row.verdict == SLOWER for row in found))
+
+
+def read(path: str) -> Mapping[str, Any]:
+    """InputError where the file is no result with timings."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; benchmark.py writes its results under --output.") from None
+    except (OSError, ValueError):
+        raise InputError(f"{path} cannot be read as JSON; give a file that benchmark.py wrote.") from None
+    try:
+        rounds = [value for row in result["rows"].values() for value in row["seconds"]["rounds"]]
+        assert all(math.isfinite(value) and value > 0 for value in rounds)
+        assert all(row["seconds"]["rounds"] for row in result["rows"].values())
+        assert isinstance(result["settings"], dict)
+        assert {"measured", "device", "date", "torch"} <= result.keys()
+    except (KeyError, TypeError, AttributeError, AssertionError):
+        raise InputError(f"{path} holds no timings of rounds; give a file that benchmark.py wrote.") from None
+    return result
+
+
+def check_comparable(first: str, second: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """InputError naming what was not the same: measurement, device or a setting."""
+    for name in ("measured", "device"):
+        if before[name] != after[name]:
+            raise InputError(
+                f"{first} and {second} cannot be compared: {name} is {before[name]!r} in one and {after[name]!r} in the other; "
+                "measure both alike."
+            )
+    names = [name for name in {**before["settings"], **after["settings"]} if name not in MAY_DIFFER]
+    pairs = {name: (before["settings"].get(name), after["settings"].get(name)) for name in names}
+    if differ := [f"{name} {one}, not {other}" for name, (one, other) in pairs.items() if one != other]:
+        raise InputError(f"{first} and {second} cannot be compared: {'; '.join(differ)}; measure both with the same settings.")
+    if not before["rows"].keys() & after["rows"].keys():
+        raise InputError(f"{first} and {second} cannot be compared: they have no row in common; measure both alike.")
+
+
+def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Compared]:
+    """Every row that both have, and those that one has alone."""
+    found = []
+    for name in {**before, **after}:
+        one, other = ((rows[name]["seconds"]["rounds"] if name in rows else []) for rows in (before, after))
+        found.append(Compared(name, median(before, name), median(after, name), verdict(one, other)))
+    return found
+
+
+def median(rows: Mapping[str, Any], name: str) -> float:
+    """Median seconds of a row; NaN where it is missing."""
+    return rows[name]["seconds"]["median"] if name in rows else math.nan
+
+
+def verdict(before: Sequence[float], after: Sequence[float]) -> str:
+    """Slower or faster only where the two spreads do not overlap."""
+    if not before or not after:
+        return ALONE
+    if min(after) > max(before):
+        return SLOWER
+    return FASTER if max(after) < min(before) else SAME
+
+
+def show(before: Mapping[str, Any], after: Mapping[str, Any], found: Sequence[Compared]) -> str:
+    """The comparison as a table."""
+    wide = max(len(row.name) for row in found) + 2
+    lines = [
+        f"benchmark.py {before['measured']} on {before['device']}: before {before['date']} (torch {before['torch']}), after "
+        f"{after['date']} (torch {after['torch']})",
+        f"{'':<{wide}}{'before, s':>12}{'after, s':>12}{'change':>10}",
+    ]
+    for row in found:
+        change = "" if row.verdict == ALONE else f"{row.after / row.before - 1:+.1%}"
+        seconds = "".join(f"{'' if math.isnan(value) else f'{value:.4f}':>12}" for value in (row.before, row.after))
+        lines.append(f"{row.name:<{wide}}{seconds}{change:>10}  {row.verdict}")
+    few = min(len(row["seconds"]["rounds"]) for rows in (before["rows"], after["rows"]) for row in rows.values())
+    if few < 3:
+        lines.append(f"with {few} round(s) a spread says little; measure with more --rounds")
+    return "\n".join(lines)

@@ -1,0 +1,86 @@
+"""The options that measurements share, and how `--quick` shrinks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+from models import METHODS, Backbone, DiT, method_class
+from runtime.config import InputError, from_mapping, option, to_mapping
+from runtime.networks import blueprint
+
+PIXELS_PER_LATENT = 8
+NOT_MEASURED = ("output", "quick")
+"""Settings that do not decide what is measured."""
+DENSE = next(iter(METHODS))
+
+
+@dataclass(frozen=True)
+class CommonSettings:
+    rounds: int = option(5, "measured rounds, after one of warm-up; in a round all run in turn")
+    quick: bool = option(False, "smaller in whatever is not given, to end within five minutes on two CPU cores")
+    output: str = option("runs/benchmarks", "folder for the result, MEASUREMENT.json, and its chart, MEASUREMENT.png")
+
+
+@dataclass(frozen=True)
+class DeviceSettings(CommonSettings):
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "what computes; auto: a GPU where there is one")
+
+
+@dataclass(frozen=True)
+class NetworkSettings(CommonSettings):
+    model: str = option("DiT-XL/2", "backbone, as train.py --model")
+    method: str = option("sparsedit", f"compared with the dense network: {', '.join(METHODS)}")
+    density: str | None = option(None, "its sparse tokens, as train.py --density; none: the method's default")
+    image_size: int = option(512, "picture side; latents are 4 x SIDE/8 x SIDE/8")
+    latent: tuple[int, int, int] | None = option(
+        None, "size of the latents in place of --image-size, for other codecs", words=("C", "H", "W")
+    )
+    num_classes: int = option(1000, "number of classes")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W). InputError for sizes that are none."""
+        if self.latent is not None:
+            return self.latent
+        if self.image_size < 1 or self.image_size % PIXELS_PER_LATENT:
+            raise InputError(f"--image-size is {self.image_size}; it must be a multiple of {PIXELS_PER_LATENT}.")
+        side = self.image_size // PIXELS_PER_LATENT
+        return 4, side, side
+
+    def blueprints(self) -> tuple[DiT, DiT]:
+        """The dense network and the method's, without storage. InputError where they cannot be."""
+        channels, height, width = self.latent_shape
+        backbone = Backbone.named(self.model, (height, width), channels, self.num_classes)
+        known = {field.name for field in fields(method_class(self.method).options_type)}
+        if self.density is not None and "density" not in known:
+            raise InputError(f"--density: --method {self.method} has none; leave the flag out, or give another method.")
+        options = {} if self.density is None else {"density": self.density}
+        return blueprint(DENSE, backbone, {}), blueprint(self.method, backbone, options)
+
+
+Settings = TypeVar("Settings", bound=CommonSettings)
+
+
+def settings_of(cls: type[Settings], given: Mapping[str, Any], quick: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The settings of a command line, and what `--quick` changed, in words. What was given explicitly stays."""
+    settings = from_mapping(cls, given, "command line")
+    reduced = {name: value for name, value in quick.items() if settings.quick and name not in given}
+    lines = [f"{name.replace('_', ' ')} {value} in place of {was(getattr(settings, name))}" for name, value in reduced.items()]
+    settings = replace(settings, **reduced)
+    for name, value in to_mapping(settings).items():
+        if isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "timestep") and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    return settings, lines
+
+
+def was(value: Any) -> str:
+    """A default in words."""
+    return "the default" if value is None else str(value)
+
+
+def recorded(settings: CommonSettings, **resolved: Any) -> dict[str, Any]:
+    """The settings that decide what is measured, fit for JSON; `resolved` is what they came to on this machine."""
+    kept = {name: value for name, value in to_mapping(settings).items() if name not in NOT_MEASURED}
+    return {**kept, **resolved}

@@ -1,0 +1,248 @@
+"""Training steps: a plain loop as published scripts write it, against `Trainer.optimize` with everything that makes it fast.
+
+All draw the same weights, latents, labels, timesteps and noise, so their losses can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.ceiling import ceilings
+from benchmarks.contestants import OURS, PLAIN, random_network, with_numerics
+from benchmarks.memory import weights_gib
+from benchmarks.options import DENSE, NetworkSettings, recorded
+from benchmarks.result import Work, heading, rows_of, table
+from benchmarks.timing import interleaved
+from diffusion.gaussian import EpsilonObjective
+from diffusion.schedule import NoiseSchedule, Timesteps
+from models import DiT
+from runtime.compilation import training_execution
+from runtime.config import option
+from runtime.density_groups import group_timestep, interval_of
+from runtime.distributed import make_accelerator
+from runtime.logs import say
+from runtime.networks import mean_gmacs, summary
+from runtime.seeding import Keys, integers, normal
+from runtime.settings import TrainingSettings
+from runtime.training import Batch, Trainer, TrainingStep
+
+PICTURES = 256
+FORWARD_AND_BACKWARD = 3
+"""A backward pass multiplies twice as much as a forward pass: once for the gradients of inputs, once for those of weights."""
+GPU_BATCH, CPU_BATCH = 32, 2
+
+
+@dataclass(frozen=True)
+class TrainSettings(NetworkSettings):
+    batch_size: int | None = option(None, "pictures of a step; none: 32 on a GPU, 2 on a CPU")
+    steps_per_round: int | None = option(None, "optimizer steps of a round; none: 10 on a GPU, 1 on a CPU")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option("auto", "of our loop, as train.py --precision")
+    compile: Literal["auto", "none", "default", "max-autotune"] = option("auto", "of our loop, as train.py --compile")
+    gradient_checkpointing: Literal["none", "selective", "full"] = option("none", "of our loop, as train.py's", bare="full")
+
+
+QUICK_CPU: Mapping[str, Any] = {"model": "DiT-S/2", "image_size": 256, "rounds": 3}
+QUICK_GPU: Mapping[str, Any] = {"rounds": 3}
+
+
+class RandomData:
+    """Latents and labels that are drawn once and held on the CPU, in the order of their places."""
+
+    def __init__(self, blueprint: DiT) -> None:
+        backbone, keys = blueprint.backbone, Keys(0, 0, torch.arange(PICTURES))
+        self.latents = normal(keys, "latents", (backbone.in_channels, *backbone.latent_size))  # (PICTURES, C, H, W)
+        self.labels = integers(keys, "labels", backbone.num_classes)  # (PICTURES,)
+
+    def __len__(self) -> int:
+        return PICTURES
+
+    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """positions (n,) int64 -> latents (n, C, H, W), labels (n,), on `device`"""
+        places = (step * len(positions) + positions) % PICTURES
+        return self.latents[places].to(device), self.labels[places].to(device)
+
+
+class PlainLoop:
+    """What published scripts do: eager, fp16 autocast with a gradient scaler on a GPU, AdamW as torch has it by default, the
+    average updated parameter by parameter, the loss read back at every step.
+    """
+
+    def __init__(self, network: DiT, objective: EpsilonObjective, data: RandomData, batch: int, device: torch.device) -> None:
+        self.network, self.data, self.device = network, data, device
+        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        self.step_module, self.plans = TrainingStep(network, objective, 0), network.training_plans()
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=TrainingSettings.learning_rate, weight_decay=0.0)
+        self.half = device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
+        self.positions, self.step, self.losses = torch.arange(batch), 0, list[float]()
+
+    def optimize(self) -> None:
+        """One optimizer step."""
+        latents, labels = self.data.batch_at(self.step, self.positions, self.device)
+        interval = interval_of([timesteps for timesteps, _ in self.plans], group_timestep(0, self.step, 0, 1))
+        timesteps, plan = self.plans[interval]
+        bounds = Timesteps(*(torch.tensor(bound, device=self.device) for bound in (timesteps.start, timesteps.stop)))
+        batch = Batch(latents, labels, self.positions.to(self.device), bounds, plan)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+            loss, _ = self.step_module(batch, torch.tensor(self.step, device=self.device))
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        decay = TrainingSettings.ema_decay
+        for average, parameter in zip(self.average.parameters(), self.network.parameters(), strict=True):
+            average.mul_(decay).add_(parameter.data, alpha=1 - decay)
+        self.losses.append(loss.item())
+        self.step += 1
+
+    def take(self) -> float:
+        """The mean loss since the last call."""
+        taken, self.losses = self.losses, []
+        return statistics.fmean(taken)
+
+
+def measure(settings: TrainSettings) -> dict[str, Any]:
+    """Seconds of `steps_per_round` optimizer steps: the dense network and the method plain, and the method by our loop."""
+    blueprints = settings.blueprints()
+    gpu = torch.cuda.is_available()
+    device, batch = torch.device("cuda" if gpu else "cpu"), settings.batch_size or (GPU_BATCH if gpu else CPU_BATCH)
+    steps = settings.steps_per_round or (10 if gpu else 1)
+    execution = training_execution(our_settings(settings, batch), device)
+    if execution.note:
+        say(f"WARNING: {execution.note}")
+    data, objective = RandomData(blueprints[1]), EpsilonObjective(NoiseSchedule.linear(), None, True)
+    dense, plain, ours = f"{DENSE}, {PLAIN}", f"{settings.method}, {PLAIN}", f"{settings.method}, {OURS}"
+    loops = {
+        name: PlainLoop(trainable(blueprint, device), objective, data, batch, device)
+        for name, blueprint in {dense: blueprints[0], plain: blueprints[1]}.items()
+    }
+    curves: dict[str, list[float]] = {name: [] for name in (*loops, ours)}
+    with our_loop(settings, trainable(blueprints[1], device), execution.precision, batch, data, objective) as trainer:
+        networks = {name: (loop.network, plain_precision(device)) for name, loop in loops.items()}
+        networks[ours] = trainer.network, execution.precision
+        takes: dict[str, tuple[Callable[[], object], Callable[[], float]]]
+        takes = {name: (loop.optimize, loop.take) for name, loop in loops.items()}
+        takes[ours] = trainer.optimize, partial(take_losses, trainer)
+        runs = {
+            name: with_numerics(precision, rounds_of(*takes[name], steps, curves[name]))
+            for name, (_, precision) in networks.items()
+        }
+        works = {name: work_of(network, batch * steps, steps, precision) for name, (network, precision) in networks.items()}
+        precisions = [precision for _, precision in networks.values()]
+        ceiling = ceilings(device, precisions)
+        timings = interleaved(runs, settings.rounds, device)
+        ceiling = ceilings(device, precisions, ceiling)
+    resolved = {"precision": execution.precision, "compile": execution.compile}
+    return {
+        "settings": recorded(settings, device=device.type, batch_size=batch, steps_per_round=steps, **resolved),
+        "networks": [summary(network, settings.model) for network in blueprints],
+        "rows": rows_of(timings, works, plain, ceiling),
+        "ceiling": ceiling,
+        "losses": curves,
+        "largest_difference": largest_difference(curves[ours], curves[plain]),
+    }
+
+
+def plain_precision(device: torch.device) -> str:
+    """What published training scripts compute in."""
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def our_settings(settings: TrainSettings, batch: int) -> TrainingSettings:
+    """train.py's, with one density group: each step draws one interval of the timesteps, as the plain loop does."""
+    return TrainingSettings(
+        model=settings.model,
+        method=settings.method,
+        image_size=settings.image_size,
+        max_steps=10**9,
+        global_batch_size=batch,
+        density_groups=1,
+        precision=settings.precision,
+        compile=settings.compile,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        ema_warmup=False,
+    )
+
+
+@contextmanager
+def our_loop(
+    settings: TrainSettings, network: DiT, precision: str, batch: int, data: RandomData, objective: EpsilonObjective
+) -> Iterator[Trainer]:
+    """train.py's trainer, which writes nothing."""
+    accelerator = make_accelerator("no" if precision in ("fp32", "tf32") else precision, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(our_settings(settings, batch), accelerator, network, objective, data, Path(folder), {})
+        try:
+            yield trainer
+        finally:
+            trainer.close()
+            accelerator.free_memory()
+
+
+def take_losses(trainer: Trainer) -> float:
+    """The mean loss since the last call, as a log line reads it."""
+    trainer.settle()
+    return trainer.losses.take()["loss"]
+
+
+def trainable(blueprint: DiT, device: torch.device) -> DiT:
+    """The same drawn weights for every loop, with gradients wherever the method trains."""
+    network = random_network(blueprint, device).train()
+    for parameter, original in zip(network.parameters(), blueprint.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
+    return network
+
+
+def rounds_of(optimize: Callable[[], object], take: Callable[[], float], steps: int, curve: list[float]) -> Callable[[], None]:
+    """`steps` optimizer steps, then their mean loss onto `curve`."""
+
+    def run() -> None:
+        for _ in range(steps):
+            optimize()
+        curve.append(take())
+
+    return run
+
+
+def work_of(network: nn.Module, images: int, steps: int, precision: str) -> Work:
+    """A round's work. Beside the weights stand their average and AdamW's two moments; gradients come with the first step."""
+    assert isinstance(network, DiT)
+    gmacs = FORWARD_AND_BACKWARD * mean_gmacs(network)
+    return Work(images, steps, gmacs, images * gmacs, precision, 4 * weights_gib(network))
+
+
+def largest_difference(ours: list[float], plain: list[float]) -> float:
+    """Of two loss curves, as a share of the plain one's value."""
+    return max(abs(one / other - 1) for one, other in zip(ours, plain, strict=True))
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """The result as a table."""
+    settings = result["settings"]
+    size = "x".join(map(str, settings["latent"])) if settings["latent"] else settings["image_size"]
+    difference = result["largest_difference"]
+    lines = [
+        f"{settings['model']} at {size}, batch {settings['batch_size']}, {settings['steps_per_round']} steps a round; ours: "
+        f"{settings['precision']}, compile {settings['compile']}, gradient checkpointing {settings['gradient_checkpointing']}",
+        *heading(result),
+        *result["networks"],
+        *table(result["rows"]),
+        f"loss curves of {settings['method']}, ours and plain: at most {difference:.2g} of the loss apart in "
+        f"{len(next(iter(result['losses'].values())))} rounds" + ("" if math.isfinite(difference) else " (not finite)"),
+        "plain: eager, AdamW as torch has it, average by parameter, loss read every step; fp16 with a scaler on a GPU, fp32 on "
+        "a CPU. Speed is against the method's plain loop; GMACs are those of forward and backward, 3 x forward",
+    ]
+    return "\n".join(lines)

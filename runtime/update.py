@@ -1,0 +1,64 @@
+"""What follows the gradients of a training step: the norm, the optimizer, the average. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from runtime.ema import ExponentialMovingAverage
+from runtime.settings import TrainingSettings
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW in one kernel, which also can be told on the device to do nothing."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(0.9, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def update(
+    network: nn.Module, optimizer: Any, ema: ExponentialMovingAverage, clip: float | None, step: int, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Applies the accumulated gradients, unless they are not finite, and moves the average. -> their norm (), finite () bool
+
+    `optimizer` is what accelerate made of `make_optimizer`'s. A step that is not finite leaves weights and moments as they are;
+    for the average it is a step on which the weights stood still.
+    """
+    accelerator.unscale_gradients(optimizer)
+    parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    # Gradients are reduced over the processes, so all of them decide alike.
+    finite = torch.isfinite(norm)
+    if clip is not None:
+        clip_grads_with_norm_(parameters, clip, norm)
+    # Where this says 1 the kernel leaves everything as it is: torch's gradient scaler tells it so. Through the scaler's own
+    # `step` it would judge each gradient alone, not their norm.
+    adamw = optimizer.optimizer
+    adamw.found_inf = (~finite).float()
+    adamw.step()
+    del adamw.found_inf
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()
+    optimizer.zero_grad()
+    ema.update(network, step)
+    return norm, finite
+
+
+def learning_rate(settings: TrainingSettings, step: int, last_step: int) -> float:
+    """The rate of optimizer step `step`, counted from 0: linear warm-up, then constant or a half cosine down to 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.learning_rate_schedule == "constant":
+        return settings.learning_rate
+    progress = (step - settings.warmup_steps) / max(1, last_step - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
