@@ -290,7 +290,7 @@ def test_on_a_cpu_everything_is_off_until_asked_for() -> None:
     assert asked.lines() == ["execution: cpu, bf16, blocks compiled (default), flash attention"]
     rounded = resolve_execution(ExecutionSettings("fp16"), CPU)
     assert rounded.precision == "fp32"
-    assert rounded.lines()[1].startswith("WARNING: fp16 needs a GPU")
+    assert rounded.lines()[1].startswith("WARNING: fp16 needs a CUDA device")
 
 
 GPU = torch.device("cuda")
