@@ -62,7 +62,7 @@ def main() -> None:
     if what in ("-h", "--help"):
         print(__doc__)
     elif what == "density":
-        density.main([*QUICK_DENSITY, *(word for word in rest if word != "--quick")] if "--quick" in rest else rest)
+        density.main(quick_density(rest))
     elif what == "compare":
         if code := compare.main(rest):
             sys.exit(code)
@@ -70,6 +70,14 @@ def main() -> None:
         measure(what, rest)
     else:
         raise InputError(f"benchmark.py {what!r} is no measurement{nearest(what, [*MEASUREMENTS, 'density', 'compare'])}")
+
+
+def quick_density(arguments: Sequence[str]) -> list[str]:
+    """The arguments of density, with those that `--quick` stands for before what was given, which wins."""
+    if "--quick" not in arguments:
+        return list(arguments)
+    say(f"--quick: {' '.join(QUICK_DENSITY)}, where not given otherwise")
+    return [*QUICK_DENSITY, *(word for word in arguments if word != "--quick")]
 
 
 def measure(what: str, arguments: Sequence[str]) -> None:

@@ -165,7 +165,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
     precision = execution.precision
     prepared = prepare(settings, options)
     settings = prepared.settings
-    accelerator = make_accelerator("no" if precision in ("fp32", "tf32") else precision, settings.gradient_accumulation)
+    accelerator = make_accelerator(precision, settings.gradient_accumulation)
     set_numerics(precision != "fp32")
     codec = None
     if prepared.grid_codec and accelerator.is_main_process:

@@ -12,6 +12,8 @@ from runtime.config import ArgumentParser, InputError
 
 MAY_DIFFER = ("rounds",)
 """Settings that change how well something is measured, not what."""
+RESOLVED = ("precision", "tf32", "compile", "attention", "cuda_graphs")
+"""Flags that "execution" says the outcome of, where it stands: `auto` and what it comes to are the same."""
 FASTER, SAME, SLOWER, ALONE = "faster", "same", "SLOWER", "only in one of them"
 
 
@@ -68,7 +70,9 @@ def check_comparable(first: str, second: str, before: Mapping[str, Any], after: 
                 f"{first} and {second} cannot be compared: {name} is {before[name]!r} in one and {after[name]!r} in the other; "
                 "measure both alike."
             )
-    names = [name for name in {**before["settings"], **after["settings"]} if name not in MAY_DIFFER]
+    settings = {**before["settings"], **after["settings"]}
+    ignored = MAY_DIFFER + (RESOLVED if "execution" in settings else ())
+    names = [name for name in settings if name not in ignored]
     pairs = {name: (before["settings"].get(name), after["settings"].get(name)) for name in names}
     if differ := [f"{name} {one}, not {other}" for name, (one, other) in pairs.items() if one != other]:
         raise InputError(f"{first} and {second} cannot be compared: {'; '.join(differ)}; measure both with the same settings.")

@@ -70,7 +70,7 @@ def settings_of(cls: type[Settings], given: Mapping[str, Any], quick: Mapping[st
     lines = [f"{name.replace('_', ' ')} {value} in place of {was(getattr(settings, name))}" for name, value in reduced.items()]
     settings = replace(settings, **reduced)
     for name, value in to_mapping(settings).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "timestep") and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and name != "timestep" and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
     return settings, lines
 

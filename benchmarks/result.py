@@ -68,8 +68,17 @@ def row(timing: Timing, work: Work, baseline: Timing | None, ceiling: Mapping[st
 def rows_of(
     timings: Mapping[str, Timing], works: Mapping[str, Work], baseline: str, ceiling: Mapping[str, float] | None = None
 ) -> dict[str, Row]:
-    """All contestants of one measurement; without ratios where the baseline did not run."""
-    return {name: row(timing, works[name], timings.get(baseline), ceiling) for name, timing in timings.items()}
+    """All contestants of one measurement; without ratios where the baseline did not run.
+
+    Where they finish different numbers of pictures in a round, the baseline's time is that for as many as the other's.
+    """
+
+    def base_for(name: str) -> Timing | None:
+        images, theirs = works[name].images, works[baseline].images if baseline in works else None
+        base = timings.get(baseline)
+        return base if base is None or not images or not theirs else base.part(theirs / images)
+
+    return {name: row(timing, works[name], base_for(name), ceiling) for name, timing in timings.items()}
 
 
 def headed(measured: str, command: str, body: Mapping[str, Any]) -> Result:

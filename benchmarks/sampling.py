@@ -1,7 +1,8 @@
 """Guided sampling: the dense network as published scripts run it, and the method with everything that makes it fast.
 
-A round samples one batch through a few steps that are spread evenly over the schedule, so that every grid of a varying token
-density and both sides of a guidance interval are met in proportion. Images per second are those of the whole schedule.
+A round samples one batch through a few steps that are spread evenly over the schedule, so that the grids of a varying token
+density and both sides of a guidance interval are met. Images per second are those of the whole schedule, of whose
+multiply-accumulates the timed steps are a known share.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ def measure(settings: SampleSettings) -> dict[str, Any]:
     for name, contestant, where in entries(competing, settings.method, settings.guidance_interval):
         chosen = replace(sampling, guidance_interval=where)
         runs[name] = run_of(contestant, chosen, batch, device)
-        works[name] = work_of(contestant, chosen, batch, timed / settings.steps)
+        works[name] = work_of(contestant, chosen, batch, settings.steps)
     decoded = {}
     if spec is not None:
         name, contestant = best(competing, settings.method)
         decoded = decoding_runs(contestant, sampling, batch, load_codec(spec, device), execution)
-        works |= {f"{name}, {how}": work_of(contestant, sampling, batch, 1.0) for how in decoded}
+        works |= {f"{name}, {how}": work_of(contestant, sampling, batch, settings.steps) for how in decoded}
         decoded = {f"{name}, {how}": run for how, run in decoded.items()}
     precisions = [contestant.precision for contestant in competing.values()]
     ceiling = ceilings(device, precisions)
@@ -120,11 +121,16 @@ def codec_of(settings: SampleSettings, timed: int) -> CodecSpec | None:
     return spec
 
 
-def work_of(contestant: Contestant, sampling: SamplingSettings, batch: int, share: float) -> Work:
-    """What one batch through the steps of `sampling` gets done: `share` of as many pictures."""
-    cost = sampling_cost(contestant.network, sampling)
+def work_of(contestant: Contestant, sampling: SamplingSettings, batch: int, steps: int) -> Work:
+    """What one batch through the steps of `sampling` gets done: a share of as many pictures, which need `steps` of them.
+
+    The share is that of the multiply-accumulates. Few steps are not guided, or of a grid, as often as all of them are.
+    """
+    cost, whole = (
+        sampling_cost(contestant.network, one) for one in (sampling, replace(sampling, num_sampling_steps=str(steps)))
+    )
     return Work(
-        images=batch * share,
+        images=batch * cost.macs / whole.macs,
         steps=cost.steps,
         gmacs=cost.macs / 1e9 / cost.passes,
         total_gmacs=batch * cost.macs / 1e9,

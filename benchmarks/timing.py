@@ -33,8 +33,8 @@ class Timing:
     def slowest(self) -> float:
         return max(self.rounds)
 
-    def part(self, parts: int) -> Timing:
-        """Of runs that did `parts` times the work: the time of one part."""
+    def part(self, parts: float) -> Timing:
+        """Of runs that did `parts` times the work: the time of doing it once."""
         return Timing(tuple(seconds / parts for seconds in self.rounds), self.added_gib)
 
     def speeds(self, baseline: Timing) -> list[float]:

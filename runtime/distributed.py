@@ -43,12 +43,15 @@ def choose_precision(requested: str, tf32: bool | None, device: torch.device) ->
     return requested, None
 
 
-def make_accelerator(mixed_precision: str, gradient_accumulation: int) -> Accelerator:
-    """The accelerator for training. Refuses to start when the launcher promises more processes than joined."""
+def make_accelerator(precision: str, gradient_accumulation: int) -> Accelerator:
+    """The accelerator for training in a precision of `choose_precision`'s.
+
+    Refuses to start when the launcher promises more processes than joined.
+    """
     accelerator = Accelerator(
         # Without this a plain Accelerator on a host without GPU makes every launched process an unrelated run of its own.
         cpu=not torch.cuda.is_available(),
-        mixed_precision=mixed_precision,
+        mixed_precision="no" if precision in ("fp32", "tf32") else precision,
         gradient_accumulation_steps=gradient_accumulation,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE),

@@ -36,7 +36,8 @@ KERNELS = {
 class ExecutionSettings:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"] = option(
         "auto",
-        "of matrix products; tf32: as published; fp8: newer GPUs, with torchao; auto: bf16 on a GPU that has it, else fp32",
+        "of matrix products; tf32: as published; fp8: newer GPUs, with torchao; auto: the launcher's --mixed_precision, else "
+        "bf16 on a GPU that has it, else fp32",
     )
     tf32: bool | None = option(None, "of DiT's commands: true is --precision tf32, false is --precision fp32")
     compile: Literal["auto", "none", "default", "max-autotune"] = option(

@@ -281,13 +281,13 @@ class Trainer:
             return
         self._skipped_in_a_row += 1
         self.skipped_steps += 1
-        # While a scaler finds its scale, overflowing steps are its business.
-        if self._skipped_in_a_row >= self.settings.non_finite_limit and scale <= 1.0:
-            raise InputError(self._not_finite(step))
         if unsound:
             raise InputError(
                 f"{self.settings.feature_path} holds numbers that are not finite (met at step {step}); extract it again."
             )
+        # While a scaler finds its scale, overflowing steps are its business.
+        if self._skipped_in_a_row >= self.settings.non_finite_limit and scale <= 1.0:
+            raise InputError(self._not_finite(step))
 
     @property
     def _spoilt(self) -> bool:

@@ -89,6 +89,15 @@ def test_the_ratio_is_that_of_the_rounds_and_not_of_the_medians() -> None:
     assert "ratio" not in rows_of(timings, dict.fromkeys(timings, Work()), "another")["ours"]
 
 
+def test_the_ratio_is_that_of_pictures() -> None:
+    """Known bad: that of the seconds, where the baseline finished more in them."""
+    timings, works = {"base": Timing((4.0,)), "ours": Timing((1.0,))}, {"base": Work(images=4), "ours": Work(images=2)}
+    rows = rows_of(timings, works, "base")
+    assert rows["ours"]["ratio"]["median"] == 2.0
+    assert rows["ours"]["images_per_second"] / rows["base"]["images_per_second"] == 2.0
+    assert rows["base"]["ratio"]["median"] == 1.0
+
+
 def test_what_follows_from_the_work() -> None:
     work = Work(images=8, steps=4, gmacs=0.5, total_gmacs=3000.0, precision="bf16", memory_gib=1.0)
     row = rows_of({"one": Timing((2.0,), added_gib=0.5)}, {"one": work}, "one", {"bf16": 6.0, "fp32": 1.0})["one"]

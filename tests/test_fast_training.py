@@ -220,12 +220,12 @@ def test_a_scaler_searches_as_far(words: list[str], lagging: None, monkeypatch: 
 def test_broken_features_are_named_late(words: list[str], lagging: None, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_at = train.TrainingData.batch_at
 
-    def broken(self: Any, step: int, *rest: Any) -> tuple[Tensor, Tensor]:
-        latents, labels = batch_at(self, step, *rest)
-        return latents * (float("nan") if step == 4 else 1.0), labels
+    def broken(self: Any, step: int, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        latents, labels = batch_at(self, step, positions, *rest)
+        return latents * (float("nan") if step == 4 and positions[0] == 0 else 1.0), labels  # the first micro-batch alone
 
     monkeypatch.setattr(train.TrainingData, "batch_at", broken)
-    result = call("train", *words, "--log-every", "50", "--checkpoint-every", "50")
+    result = call("train", *words, "--log-every", "50", "--checkpoint-every", "50", "--gradient-accumulation", "2")
     assert result.code == 2
     assert "holds numbers that are not finite (met at step 5); extract it again." in result.err
 

@@ -78,7 +78,7 @@ def test_another_class_count_is_warned_of(words: list[str], tmp_path: Path) -> N
 
 
 def test_half_precision_without_a_gpu_is_warned_of(words: list[str]) -> None:
-    assert "WARNING: fp16 needs a GPU" in succeed("train", *words, "--precision", "fp16", "--max-steps", "1").out
+    assert "WARNING: fp16 needs a CUDA device" in succeed("train", *words, "--precision", "fp16", "--max-steps", "1").out
 
 
 def test_metrics_are_the_same_on_console_in_json_and_tensorboard(words: list[str], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.layers import Condition, Float32Linear, PatchEmbedder, TimestepEmbedder, modulate
+from models.layers import Block, Condition, Float32Linear, PatchEmbedder, TimestepEmbedder, modulate
 from tests.models.random_networks import distance, randomized
 from tests.models.random_networks import one_thread as one_thread
 
@@ -46,6 +46,15 @@ def test_a_condition_hands_out_its_rows(row_of: list[int] | None) -> None:
     index = None if row_of is None else torch.tensor(row_of)
     spread = Condition(values, index).spread(2 * values)
     assert torch.equal(spread, 2 * values[row_of or [0, 1, 2]])
+
+
+def test_modulation_is_float32_under_autocast() -> None:
+    """Known bad: as the product comes out, where 1 + scale is rounded to half precision."""
+    block = Block(32, 2, 4.0)
+    condition = Condition(torch.randn(3, 32, generator=torch.manual_seed(0)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.adaLN_modulation(condition.rows).dtype == torch.bfloat16
+        assert block.modulation(condition).dtype == torch.float32
 
 
 def test_modulation_is_scale_and_shift() -> None:
