@@ -150,6 +150,9 @@ def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] 
     """Makes the run's folder and, in the first process, keeps every other run out of it until this one ends."""
     for folder in (run, run / FOLDER, run / "samples")[: 3 if settings.sample_every else 2]:
         check_writable(folder, "--results-dir")
+    if settings.profile:
+        for name in ("trace.json", "table.txt"):
+            check_new_file(run / "profile" / name, "--profile")
     if int(os.environ.get("RANK", "0")) != 0:
         return None
     held = lock(run, f"{run} is being trained by another process; wait for it, or give another --run-name.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ MAY_DIFFER = ("rounds",)
 """Settings that change how well something is measured, not what."""
 RESOLVED = ("precision", "tf32", "compile", "attention", "cuda_graphs")
 """Flags that "execution" says the outcome of, where it stands: `auto` and what it comes to are the same."""
+NOTICED, MANY = 0.02, 5
 FASTER, SAME, SLOWER, ALONE = "faster", "same", "SLOWER", "only in one of them"
 
 
@@ -30,7 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     """`benchmark.py compare A.json B.json`: prints a table; the exit code, 1 where something got slower."""
     parser = ArgumentParser(
         "Says what got slower between two results of one measurement, beyond the spread of their rounds: its fastest round is\n"
-        "slower than the slowest one before. Exit code 1 where something did, 0 otherwise.",
+        "slower than the slowest one before (of five or more the slowest does not count), and the median by more than 2 %.\n"
+        "Exit code 1 where something did, 0 otherwise.",
         "benchmark.py compare",
     )
     parser.add_argument("before", help="result before a change: a MEASUREMENT.json of benchmark.py")
@@ -53,10 +56,10 @@ def read(path: str) -> Mapping[str, Any]:
         raise InputError(f"{path} cannot be read as JSON; give a file that benchmark.py wrote.") from None
     try:
         rounds = [value for row in result["rows"].values() for value in row["seconds"]["rounds"]]
-        assert all(math.isfinite(value) and value > 0 for value in rounds)
+        assert all(type(value) in (int, float) and math.isfinite(value) and value > 0 for value in rounds)
+        assert all(isinstance(result[name], str) for name in ("measured", "device", "date", "torch"))
         assert all(row["seconds"]["rounds"] for row in result["rows"].values())
         assert isinstance(result["settings"], dict)
-        assert {"measured", "device", "date", "torch"} <= result.keys()
     except (KeyError, TypeError, AttributeError, AssertionError):
         raise InputError(f"{path} holds no timings of rounds; give a file that benchmark.py wrote.") from None
     return result
@@ -90,17 +93,28 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Compar
 
 
 def median(rows: Mapping[str, Any], name: str) -> float:
-    """Median seconds of a row; NaN where it is missing."""
-    return rows[name]["seconds"]["median"] if name in rows else math.nan
+    """Median seconds of a row's rounds; NaN where it is missing."""
+    return statistics.median(rows[name]["seconds"]["rounds"]) if name in rows else math.nan
 
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> str:
-    """Slower or faster only where the two spreads do not overlap."""
+    """Slower or faster only where the two spreads do not overlap and the medians are apart by more than `NOTICED`.
+
+    Of five rounds or more the slowest does not count: a busy moment of the machine would hide any slow-down.
+    """
     if not before or not after:
         return ALONE
-    if min(after) > max(before):
+    (first, last), (first_after, last_after) = spread(before), spread(after)
+    change = statistics.median(after) / statistics.median(before) - 1
+    if first_after > last and change > NOTICED:
         return SLOWER
-    return FASTER if max(after) < min(before) else SAME
+    return FASTER if last_after < first and change < -NOTICED else SAME
+
+
+def spread(rounds: Sequence[float]) -> tuple[float, float]:
+    """The fastest and the slowest round that counts."""
+    kept = sorted(rounds)[: -1 if len(rounds) >= MANY else None]
+    return kept[0], kept[-1]
 
 
 def show(before: Mapping[str, Any], after: Mapping[str, Any], found: Sequence[Compared]) -> str:

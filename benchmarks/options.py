@@ -11,6 +11,7 @@ from runtime.config import InputError, from_mapping, option, to_mapping
 from runtime.networks import blueprint
 
 PIXELS_PER_LATENT = 8
+MOST_AT_ONCE = 65_536
 NOT_MEASURED = ("output", "quick")
 """Settings that do not decide what is measured."""
 DENSE = next(iter(METHODS))
@@ -69,6 +70,9 @@ def settings_of(cls: type[Settings], given: Mapping[str, Any], quick: Mapping[st
     reduced = {name: value for name, value in quick.items() if settings.quick and name not in given}
     lines = [f"{name.replace('_', ' ')} {value} in place of {was(getattr(settings, name))}" for name, value in reduced.items()]
     settings = replace(settings, **reduced)
+    most = getattr(settings, "batch_size", None) or 0
+    if most > MOST_AT_ONCE:
+        raise InputError(f"--batch-size is {most}; it must be at most {MOST_AT_ONCE}.")
     for name, value in to_mapping(settings).items():
         if isinstance(value, int) and not isinstance(value, bool) and name != "timestep" and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")

@@ -31,11 +31,20 @@ class InputError(ValueError):
     """Something the user gave cannot work. The message is one sentence: what is wrong, with its name, and what to do."""
 
 
-def option(default: Any, help: str, *, flags: Sequence[str] = (), words: Sequence[str] = (), bare: str | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    flags: Sequence[str] = (),
+    words: Sequence[str] = (),
+    bare: str | None = None,
+    off: str | None = None,
+) -> Any:
     """A dataclass field with its help text, further names for its flag (`flags=("--global-seed",)`), names for the words of a
-    flag that takes a fixed number (`words=("LOW", "HIGH")`), and what the flag means that is given without a value (`bare`).
+    flag that takes a fixed number (`words=("LOW", "HIGH")`), what the flag means that is given without a value (`bare`), and
+    what its opposite, `--no-...`, means (`off`).
     """
-    metadata = {"help": help, "flags": tuple(flags), "words": tuple(words), "bare": bare}
+    metadata = {"help": help, "flags": tuple(flags), "words": tuple(words), "bare": bare, "off": off}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -212,6 +221,16 @@ class ArgumentParser(argparse.ArgumentParser):
                 metavar=words,
                 help=text,
             )
+            if off := field.metadata.get("off"):
+                opposite = flags[0].replace("--", "--no-", 1)
+                group.add_argument(
+                    opposite,
+                    dest=field.name,
+                    default=argparse.SUPPRESS,
+                    action="store_const",
+                    const=off,
+                    help=f"{flags[0]} {off}",
+                )
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's, with the underscores of every flag's name turned into dashes first."""

@@ -27,15 +27,17 @@ class StepProfiler:
         self._ended = 0
         self._profile.start()
 
-    def step(self) -> None:
-        """To be called at the end of every training step."""
+    def step(self) -> bool:
+        """To be called at the end of every training step. -> whether it wrote the files, which takes its time"""
         if self._profile is None:
-            return
+            return False
         self._ended += 1
         self._profile.step()
-        if self._ended == WARM_UP + self.steps:
-            self._profile.stop()
-            self._profile = None
+        if self._ended < WARM_UP + self.steps:
+            return False
+        self._profile.stop()
+        self._profile = None
+        return True
 
     def close(self) -> None:
         """Writes what there is where training ends before the last step to be recorded."""
@@ -50,6 +52,12 @@ class StepProfiler:
         steps = min(self.steps, self._ended - WARM_UP)
         if steps < 1:
             return
+        try:
+            self._write_files(recorded, steps)
+        except OSError as error:  # training is worth more than its profile
+            say(f"WARNING: the profile cannot be written to {self.folder} ({error.strerror}); training goes on.")
+
+    def _write_files(self, recorded: Any, steps: int) -> None:
         time = f"self_{'device' if self.device.type == 'cuda' else 'cpu'}_time_total"
         averages = recorded.key_averages()
         self.folder.mkdir(parents=True, exist_ok=True)

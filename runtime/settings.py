@@ -70,6 +70,7 @@ class TrainingSettings:
         "what backward computes again instead of storing it; selective: all but matrix products and attention; full: whole "
         "blocks, a third more time; without a value: full",
         bare="full",
+        off="none",
     )
     prefetch: bool | None = option(None, "read the next batch while a step computes; none: on a GPU")
     num_workers: int = option(0, "of old commands, without effect: one memory map outruns reading processes")
@@ -231,7 +232,7 @@ def check(settings: TrainingSettings) -> None:
             value = getattr(settings, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
-    for name, most in (("global_batch_size", 2**24), ("sample_count", 10_000)):
+    for name, most in (("global_batch_size", 2**24), ("sample_count", 10_000), ("profile", 100)):
         if getattr(settings, name) > most:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at most {most}.")
     for name in ("label_drop", "ema_decay", "adam_beta2"):

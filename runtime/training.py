@@ -167,8 +167,8 @@ class Trainer:
                 gradient_norm = self.optimize()
                 bar.update()
                 self._after_step(gradient_norm, bar, log)
-                if profiler:
-                    profiler.step()
+                if profiler and profiler.step():
+                    self._start_measuring()
             self.settle()
             if self._spoilt:
                 raise InputError(self._not_finite(self.step))

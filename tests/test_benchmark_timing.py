@@ -181,8 +181,34 @@ def test_slower_is_what_lies_beyond_the_spread(
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ([1.0, 1.0, 1.1, 1.1, 9.0], [3.0, 3.0, 3.1, 3.2, 3.3], "SLOWER"),  # one busy moment hides nothing
+        ([1.0, 1.1, 9.0], [3.0, 3.1, 3.3], "same"),  # of few rounds each counts
+        ([3.0, 3.0, 3.1, 3.2, 3.3], [1.0, 1.0, 1.1, 1.1, 9.0], "faster"),
+        ([1.0, 1.001, 1.002], [1.004, 1.005, 1.006], "same"),  # beyond the spread, yet too little to speak of
+    ],
+)
+def test_neither_one_busy_moment_nor_next_to_nothing_decides(before: list[float], after: list[float], verdict: str) -> None:
+    assert compare.verdict(before, after) == verdict
+
+
+def test_auto_and_what_it_comes_to_are_compared(tmp_path: Path) -> None:
+    resolved = {"execution": "cpu, fp32, blocks not compiled"}
+    paths = []
+    for asked in ({"precision": "auto"}, {"precision": "fp32"}, {"precision": "fp32", "execution": "cpu, bf16"}):
+        paths.append(tmp_path / f"{len(paths)}.json")
+        paths[-1].write_text(json.dumps(made(BEFORE) | {"settings": {"model": "DiT-T/2"} | resolved | asked}))
+    assert compare.main([str(path) for path in paths[:2]]) == 0
+    with pytest.raises(InputError, match="execution cpu, fp32, blocks not compiled, not cpu, bf16"):
+        compare.main([str(path) for path in paths[1:]])
+
+
+@pytest.mark.parametrize(
     ("other", "said"),
     [
+        ({"rows": {"x": {"seconds": {"median": 1.0, "rounds": [True]}}}}, "holds no timings of rounds"),
+        ({"date": None}, "holds no timings of rounds"),
         ({"device": "another machine"}, "device is .* in one and 'another machine' in the other"),
         ({"measured": "train"}, "measured is 'sample' in one and 'train'"),
         ({"settings": {"model": "DiT-S/2", "rounds": 3}}, "model DiT-T/2, not DiT-S/2; measure both with the same settings"),

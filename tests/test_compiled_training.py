@@ -146,6 +146,8 @@ def test_older_ways_to_ask_for_checkpointing(tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_text(f"gradient-checkpointing: {content}\n")
         assert chosen("--config", str(tmp_path / "run.yaml")) == meaning
     assert chosen("--config", str(tmp_path / "run.yaml"), "--gradient-checkpointing") == "full"
+    (tmp_path / "run.yaml").write_text("gradient_checkpointing: true\n")
+    assert chosen("--config", str(tmp_path / "run.yaml"), "--no-gradient-checkpointing") == "none"
     assert [parse_training(words)[0].profile for words in ([], ["--profile"], ["--profile", "9"])] == [0, 5, 9]
     (tmp_path / "run.yaml").write_text("profile: true\n")
     assert parse_training(["--config", str(tmp_path / "run.yaml")])[0].profile == 5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import call, differing, state_at, succeed
@@ -44,7 +46,26 @@ def test_a_training_that_ends_first_writes_what_there_is(steps: str, told: str, 
 def test_a_training_too_short_says_so(words: list[str], tmp_path: Path) -> None:
     said = succeed("train", *words, "--max-steps", "2", "--profile").out
     assert "--profile: training ended before there was a step to record" in said
-    assert not (tmp_path / RUN / "profile").exists()
+    assert not any((tmp_path / RUN / "profile").iterdir())
+
+
+def test_what_stands_in_the_way_is_said_before_training(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / RUN / "profile" / "trace.json").mkdir(parents=True)
+    result = call("train", *words, "--profile", "2")
+    assert result.code == 2
+    assert "--profile: " in result.err
+    assert "trace.json is a folder" in result.err
+    assert not list((tmp_path / RUN).glob("checkpoints/*"))
+
+
+def test_a_full_disk_costs_the_profile_alone(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("runtime.profiling.atomic_write", full)
+    said = succeed("train", *words, "--profile", "2").out
+    assert "WARNING: the profile cannot be written" in said
+    assert state_at(tmp_path / RUN)
 
 
 def test_a_number_below_zero_is_refused(words: list[str]) -> None:
