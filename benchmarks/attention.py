@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ def measure(settings: AttentionSettings) -> dict[str, Any]:
     device = choose_device(settings.device)
     repeats = settings.repeats or (3 if device.type == "cpu" else 50)
     shapes = list(dict.fromkeys(shape for network in settings.blueprints() for shape in attention_shapes(network)))
-    ceiling, rows, notes = ceilings(device, [settings.precision]), dict[str, Row](), list[str]()
+    ceiling, rows, missing = ceilings(device, [settings.precision]), dict[str, Row](), Counter[str]()
     for shape in shapes:
         runs: dict[str, Callable[[], None]] = {}
         for kernel in (AUTO, *KERNELS):
@@ -70,13 +71,15 @@ def measure(settings: AttentionSettings) -> dict[str, Any]:
                 if works(run):
                     runs[name] = run
                 else:
-                    notes.append(f"no row for {name}: this device has no such kernel for it")
+                    missing[kernel] += 1
         timings = interleaved({name: repeated(run, repeats) for name, run in runs.items()}, settings.rounds, device)
         total = repeats * settings.batch_size * shape.gmacs
         work = Work(steps=repeats, gmacs=shape.gmacs, total_gmacs=total, precision=settings.precision)
         baseline = timings[f"{shape.queries} x {shape.keys}, {AUTO}, heads of {shape.head_size}"]
         rows |= {name: row(timing, work, baseline, ceiling) for name, timing in timings.items()}
     known = recorded(settings, device=device.type, repeats=repeats)
+    notes = [f"{kernel}: no row for {count} of the shapes and paddings, which this device has no such kernel for"
+             for kernel, count in missing.items()]  # fmt: skip
     return {"settings": known, "rows": rows, "ceiling": ceiling, "notes": notes}
 
 

@@ -130,6 +130,6 @@ def show(before: Mapping[str, Any], after: Mapping[str, Any], found: Sequence[Co
         seconds = "".join(f"{'' if math.isnan(value) else f'{value:.4f}':>12}" for value in (row.before, row.after))
         lines.append(f"{row.name:<{wide}}{seconds}{change:>10}  {row.verdict}")
     few = min(len(row["seconds"]["rounds"]) for rows in (before["rows"], after["rows"]) for row in rows.values())
-    if few < 3:
-        lines.append(f"with {few} round(s) a spread says little; measure with more --rounds")
+    if few < MANY:
+        lines.append(f"with {few} rounds on a side the spread is easily left by chance; {MANY} or more --rounds say more")
     return "\n".join(lines)

@@ -36,7 +36,7 @@ class Work:
     """What one run of a contestant gets done. None: does not apply."""
 
     images: float | None = None  # pictures that are finished, each through all its steps
-    steps: int | None = None
+    steps: float | None = None
     gmacs: float | None = None  # of one picture and pass, the mean over the passes
     total_gmacs: float | None = None  # of the whole run
     precision: str | None = None  # of its matrix products: which ceiling it is compared with
@@ -144,7 +144,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     except ImportError:
         raise InputError(f"{path} needs matplotlib, which cannot be imported; run `pip install -e .` again.") from None
     rows = result["rows"]
-    title, bars = bars_of(rows)
+    title, bars = bars_of(rows, result.get("counted", "images"))
     # Without pyplot there is no state that other code in the process could see, and no display is asked for.
     figure = Figure(figsize=(9, 1.4 + 0.45 * len(rows)), dpi=120, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
@@ -158,14 +158,33 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel(title)
     for place, (name, largest) in enumerate(zip(rows, high, strict=True)):
         ratio = rows[name].get("ratio")
-        axes.text(largest, place, f"  {middle[place]:.4g}" + (f"  ({ratio['median']:.2f} x)" if ratio else ""), va="center")
-    axes.set_xlim(0, max(high) * 1.25)
-    axes.set_title(f"benchmark.py {result['measured']}: {result['device']}, {result['date'][:10]}", fontsize=9)
+        axes.text(
+            largest, place, f"  {plain_number(middle[place])}" + (f"  ({ratio['median']:.2f} x)" if ratio else ""), va="center"
+        )
+    axes.set_xlim(0, max(high) * 1.35)
+    axes.set_title(caption(result), fontsize=9)
     with atomic_write(path) as temporary:
         canvas.print_png(temporary, metadata={"Software": None})
 
 
-def bars_of(rows: Mapping[str, Row]) -> tuple[str, Sequence[tuple[float, float, float]]]:
+def caption(result: Mapping[str, Any]) -> str:
+    """What was measured, of what and how, and where."""
+    settings = result["settings"]
+    latent = settings.get("latent")
+    size = "x".join(map(str, latent)) if latent else settings.get("image_size")
+    facts = [settings.get("model"), settings.get("density") and f"density {settings['density']}", size and f"at {size}",
+             settings.get("batch_size") and f"batch {settings['batch_size']}",
+             settings.get("execution") or settings.get("precision")]  # fmt: skip
+    return "\n".join((f"benchmark.py {result['measured']}: {result['device']}, {result['date'][:10]}",
+                      ", ".join(str(fact) for fact in facts if fact)))  # fmt: skip
+
+
+def plain_number(value: float) -> str:
+    """Four digits, without exponents."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def bars_of(rows: Mapping[str, Row], counted: str = "images") -> tuple[str, Sequence[tuple[float, float, float]]]:
     """The title of the axis, and for each row the smallest, middle and largest value of its rounds."""
     values = list(rows.values())
     if all("images_per_second" in found for found in values):
@@ -174,7 +193,7 @@ def bars_of(rows: Mapping[str, Row]) -> tuple[str, Sequence[tuple[float, float, 
             seconds, rate = found["seconds"], found["images_per_second"]
             images = rate * seconds["median"]
             bars.append((images / seconds["slowest"], rate, images / seconds["fastest"]))
-        return "images per second", bars
+        return f"{counted} per second", bars
     if all("ratio" in found for found in values):
         return "speed against the baseline", [
             (found["ratio"]["slowest"], found["ratio"]["median"], found["ratio"]["fastest"]) for found in values

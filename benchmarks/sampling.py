@@ -131,7 +131,7 @@ def work_of(contestant: Contestant, sampling: SamplingSettings, batch: int, step
     )
     return Work(
         images=batch * cost.macs / whole.macs,
-        steps=cost.steps,
+        steps=steps * cost.macs / whole.macs,
         gmacs=cost.macs / 1e9 / cost.passes,
         total_gmacs=batch * cost.macs / 1e9,
         precision=contestant.precision,

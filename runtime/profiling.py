@@ -15,6 +15,10 @@ WARM_UP = 3
 """Steps before those that are recorded: the first ones allocate and compile."""
 
 
+BETWEEN = "Python between operators (ProfilerStep* in the table)"
+"""What is not inside any operator is counted for the step."""
+
+
 class StepProfiler:
     """Records some training steps after a warm-up, says what took longest, and is silent from then on."""
 
@@ -67,7 +71,6 @@ class StepProfiler:
             temporary.write_text(averages.table(sort_by=time, row_limit=60, max_name_column_width=70), encoding="utf-8")
         own = sorted(((getattr(entry, time), entry.key) for entry in averages), reverse=True)
         total = sum(spent for spent, _ in own) or 1.0
-        # What is not inside any operator is counted for the step.
-        names = (name if not name.startswith("ProfilerStep") else "Python between operators" for _, name in own)
+        names = (name if not name.startswith("ProfilerStep") else BETWEEN for _, name in own)
         largest = ", ".join(f"{name} {spent / total:.0%}" for name, (spent, _) in zip(names, own[:4], strict=False))
         say(f"profile of {steps} steps in {self.folder} (trace.json, table.txt): {largest}")

@@ -26,7 +26,7 @@ def test_trace_and_table_of_the_steps_after_the_warm_up(words: list[str], tmp_pa
     (line,) = [line for line in said.splitlines() if line.startswith("profile of")]
     assert line.startswith(f"profile of 2 steps in {folder} (trace.json, table.txt): ")
     assert re.fullmatch(r"(.+ [0-9]+%, ){3}.+ [0-9]+%", line.partition("): ")[2])
-    assert "ProfilerStep" not in line
+    assert "ProfilerStep#" not in line
     assert sorted(path.name for path in folder.iterdir()) == ["table.txt", "trace.json"]
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
