@@ -203,7 +203,12 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "seed": settings.seed,
         "batch_size": settings.per_proc_batch_size,
         "precision": execution.precision,
-        "execution": {"compile": execution.compile, "attention": execution.attention, "cuda_graphs": execution.cuda_graphs},
+        "execution": {
+            "compile": execution.compile,
+            "attention": execution.attention,
+            "cuda_graphs": execution.cuda_graphs,
+            "packed_weights": execution.packed_weights,
+        },
         "device": gpu or "cpu",
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
     }
@@ -230,6 +235,7 @@ def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
         if differ:
             # What "auto" means has changed since older sets, and differs between machines.
             flags = [f"--{key} {before[key]}" for key in differ if key in ("precision", "compile", "attention")]
+            flags += [f"--{'' if before[key] else 'no-'}pack-weights" for key in differ if key == "packed_weights"]
             go_on = f"add {' '.join(flags)} to go on with them, or " if len(flags) == len(differ) else ""
             raise InputError(f"{target} holds pictures made with another {', '.join(differ)}; {go_on}give another "
                              "--sample-name or --sample-dir, or delete them.")  # fmt: skip
@@ -242,8 +248,8 @@ def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
 
 def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
     """An older record in today's terms: what it does not name was not there to choose."""
-    plain = {"compile": "none", "attention": "auto", "cuda_graphs": False}
-    record = {"execution": plain, **record, "guidance": {"interval": None, **record["guidance"]}}
+    plain = {"compile": "none", "attention": "auto", "cuda_graphs": False, "packed_weights": False}
+    record = {**record, "execution": plain | record.get("execution", {}), "guidance": {"interval": None, **record["guidance"]}}
     if "density" in record:
         return record
     # Before token density the options held the grid, which was the density.
@@ -265,7 +271,7 @@ def identity(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: record[key] for key in record if key not in CIRCUMSTANCES}
     checkpoint, execution = record["checkpoint"], record["execution"]
     origin = checkpoint["sha256"] or checkpoint["path"], checkpoint["step"]
-    ran = {"compile": execution["compile"], "attention": execution["attention"]}
+    ran = {name: execution[name] for name in ("compile", "attention", "packed_weights")}
     return {**kept, **ran, "density": record["density"]["sampled"], "checkpoint": origin}
 
 

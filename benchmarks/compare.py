@@ -13,7 +13,7 @@ from runtime.config import ArgumentParser, InputError
 
 MAY_DIFFER = ("rounds",)
 """Settings that change how well something is measured, not what."""
-RESOLVED = ("precision", "tf32", "compile", "attention", "cuda_graphs")
+RESOLVED = ("precision", "tf32", "compile", "attention", "cuda_graphs", "pack_weights")
 """Flags that "execution" says the outcome of, where it stands: `auto` and what it comes to are the same."""
 NOTICED, MANY = 0.02, 5
 FASTER, SAME, SLOWER, ALONE = "faster", "same", "SLOWER", "only in one of them"

@@ -19,8 +19,7 @@ from runtime.sampling import plain_forward
 DEVIATION = 0.02
 PLAIN, OURS = "plain", "ours"
 NOTHING_TO_COMPARE = (
-    "On this device nothing beside the plain execution is on unless asked for, so there are no rows of our execution; ask with "
-    "--precision bf16 or --compile default."
+    "What is asked for is the plain execution, so there are no rows of ours; ask with --precision bf16 or --compile default."
 )
 
 

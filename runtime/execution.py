@@ -1,6 +1,6 @@
 """How a network is executed when it samples: precision, compiled blocks, attention kernel, CUDA graphs. Never what it computes.
 
-On a CPU everything is off until asked for; on a GPU "auto" is what pays there.
+What is not asked for is what pays on the device: on a CPU packed weights alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from models.token_density import TIMESTEPS
 from runtime.config import InputError, option
 from runtime.cuda_graphs import CudaCapture, PlanGraphs
 from runtime.distributed import choose_precision, set_numerics
+from runtime.packing import can_pack, pack_linears
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """The type of matrix products; fp8 rounds the operands of some of them further."""
@@ -47,6 +48,9 @@ class ExecutionSettings:
         "auto", "attention kernel; auto: torch's choice for the device"
     )
     cuda_graphs: bool = option(True, "on a GPU, record what a step launches once for each plan, and replay it")
+    pack_weights: bool | None = option(
+        None, "on a CPU, in fp32 without compilation: lay weights out once as products read them; none: where that can be"
+    )
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,14 @@ class Execution:
     compile: str = "none"  # none, default or max-autotune
     attention: str = "auto"
     cuda_graphs: bool = False
+    packed_weights: bool = False
     note: str | None = None  # where something is not as asked for
 
     def __str__(self) -> str:
         compiled = "blocks not compiled" if self.compile == "none" else f"blocks compiled ({self.compile})"
         kernel = "" if self.attention == "auto" else f", {self.attention} attention"
-        return f"{self.device.type}, {self.precision}, {compiled}{kernel}{', CUDA graphs' if self.cuda_graphs else ''}"
+        parts = (("CUDA graphs", self.cuda_graphs), ("weights packed", self.packed_weights))
+        return f"{self.device.type}, {self.precision}, {compiled}{kernel}" + "".join(f", {name}" for name, on in parts if on)
 
     def lines(self) -> list[str]:
         """What is printed before sampling."""
@@ -88,8 +94,17 @@ def resolve_execution(settings: ExecutionSettings, device: torch.device) -> Exec
         compiled,
         settings.attention,
         gpu and settings.cuda_graphs,
+        resolve_packing(settings.pack_weights, device, precision, compiled),
         note,
     )
+
+
+def resolve_packing(asked: bool | None, device: torch.device, precision: str, compiled: str) -> bool:
+    """Whether weights are packed. InputError where they are to be and cannot."""
+    possible = device.type == "cpu" and precision == "fp32" and compiled == "none" and can_pack()
+    if asked and not possible:
+        raise InputError("--pack-weights is for a CPU with oneDNN, --precision fp32 and --compile none; leave it out.")
+    return possible if asked is None else asked
 
 
 def check_compiler(device: torch.device) -> None:
@@ -142,6 +157,8 @@ class Executor:
             convert_linears(network, HALF[execution.precision])
         if execution.precision == "fp8":
             round_to_fp8(network)
+        if execution.packed_weights:
+            pack_linears(network)
         if execution.compile != "none":
             compile_blocks(network, execution.compile, [plan for t in range(TIMESTEPS) for plan in network.guidance_plans(t)])
         self._run = PlanGraphs(self._forward, CudaCapture()) if execution.cuda_graphs else self._forward

@@ -61,7 +61,12 @@ def test_the_record_beside_says_how(words: list[str], checkpoint: Path, tmp_path
     succeed("sample_ddp", *words, "--cfg-scale", "2.5", "--guidance-channels", "all", "--labels", "balanced", "--seed", "3")
     record = json.loads((tmp_path / "set.json").read_text())
     assert record["guidance"] == {"scale": 2.5, "channels": "all", "interval": None}
-    assert record["execution"] == {"compile": "none", "attention": "auto", "cuda_graphs": False}
+    assert record["execution"] == {
+        "compile": "none",
+        "attention": "auto",
+        "cuda_graphs": False,
+        "packed_weights": True,
+    }
     assert record["checkpoint"]["sha256"] == sha256(checkpoint)
     expected = {"method": "sparsedit", "model": "DiT-T/2", "sampler": "ddpm", "steps": "3", "labels": "balanced", "seed": 3,
                 "count": COUNT, "weights": "ema", "image_size": 8, "num_classes": 4, "precision": "fp32"}  # fmt: skip

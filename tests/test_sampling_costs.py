@@ -100,7 +100,8 @@ def test_guidance_everywhere_is_the_same_set_and_an_interval_another(words: list
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--precision", "bf16"], "another precision; add --precision fp32 to go on with them, or give another --sample-name"),
+        (["--precision", "bf16"], "another precision, packed_weights; add --precision fp32 --pack-weights to go on with"),
+        (["--no-pack-weights"], "another packed_weights; add --pack-weights to go on with them, or give another --sample-name"),
         (["--attention", "math"], "another attention; add --attention auto to go on with them, or give"),
         (["--attention", "math", "--seed", "5"], "another seed, attention; give another --sample-name or"),
     ],
@@ -131,6 +132,7 @@ def test_a_set_from_before_is_gone_on_with(
     bug: bool, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted bug: records are compared as they stand."""
+    words.append("--no-pack-weights")  # as an older one multiplied
     succeed("sample_ddp", *words, "--num-fid-samples", "4")
     made_before(tmp_path)
     if bug:

@@ -69,6 +69,31 @@ def test_the_modulation_of_a_condition_is_computed_once(method: str) -> None:
     assert rows == [3] * len(model.blocks)
 
 
+# Packed weights ------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_packed_weights_are_the_same_products(method: str) -> None:
+    model = network(method, tiny())
+    assert distance(executed(model, step(model), packed_weights=True), by_sample(model, step(model))) < EXACT
+    assert any(not torch.equal(one, other) for one, other in zip(outputs(model, True), outputs(model, False), strict=True))
+    packed = Executor(copy.deepcopy(model), Execution(CPU, packed_weights=True)).network
+    assert {layer.weight.layout for layer in packed.modules() if isinstance(layer, nn.Linear)} == {torch._mkldnn}
+    assert packed.macs() == model.macs()
+
+
+def outputs(model: DiT, packed: bool) -> list[Tensor]:
+    """Predictions of several batch sizes, which are as many ways to multiply."""
+    return [executed(model, step(model, count=count), packed_weights=packed) for count in (2, 8, 32)]
+
+
+@pytest.mark.parametrize("chosen", [{"precision": "bf16"}, {"compile": "default"}])
+def test_packing_that_cannot_be_is_refused(chosen: dict[str, Any]) -> None:
+    assert not resolve_execution(ExecutionSettings(**chosen), CPU).packed_weights
+    with pytest.raises(InputError, match="--pack-weights is for a CPU"):
+        resolve_execution(ExecutionSettings(**chosen, pack_weights=True), CPU)
+
+
 # Compiled blocks -----------------------------------------------------------------------------------------------------
 
 
@@ -282,9 +307,12 @@ def test_a_read_is_caught(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None
 # Asking for it -------------------------------------------------------------------------------------------------------
 
 
-def test_on_a_cpu_everything_is_off_until_asked_for() -> None:
-    plain = resolve_execution(ExecutionSettings(), CPU)
-    assert plain == Execution(CPU, "fp32", "none", "auto", False, None)
+def test_on_a_cpu_weights_are_packed_and_all_else_is_off_until_asked_for() -> None:
+    usual = resolve_execution(ExecutionSettings(), CPU)
+    assert usual == Execution(CPU, "fp32", "none", "auto", False, True, None)
+    assert usual.lines() == ["execution: cpu, fp32, blocks not compiled, weights packed"]
+    plain = resolve_execution(ExecutionSettings(pack_weights=False), CPU)
+    assert plain == Execution(CPU)
     assert plain.lines() == ["execution: cpu, fp32, blocks not compiled"]
     asked = resolve_execution(ExecutionSettings("bf16", None, "default", "flash"), CPU)
     assert asked.lines() == ["execution: cpu, bf16, blocks compiled (default), flash attention"]
@@ -307,9 +335,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_on_a_gpu_what_pays_is_on() -> None:
-    assert resolve_execution(ExecutionSettings(), GPU) == Execution(GPU, "bf16", "default", "auto", True, None)
+    assert resolve_execution(ExecutionSettings(), GPU) == Execution(GPU, "bf16", "default", "auto", True, False, None)
     off = ExecutionSettings(tf32=True, compile="none", cuda_graphs=False)
-    assert resolve_execution(off, GPU) == Execution(GPU, "tf32", "none", "auto", False, None)
+    assert resolve_execution(off, GPU) == Execution(GPU, "tf32", "none", "auto", False, False, None)
     assert resolve_execution(ExecutionSettings("fp8"), GPU).precision == "fp8"
 
 
