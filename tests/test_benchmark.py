@@ -11,7 +11,7 @@ import torch
 from small_runs import Result, call, succeed
 
 import benchmark
-from benchmarks import attention, contestants, density, forward, options, sampling, training
+from benchmarks import attention, ceiling, contestants, density, forward, options, sampling, training
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
 from models import METHODS, Backbone
@@ -21,6 +21,12 @@ from runtime.sampling import SamplingSettings, sampling_cost
 CPU = torch.device("cpu")
 TINY = ("--model", "DiT-T/2", "--latent", "4", "8", "8", "--num-classes", "5", "--rounds", "1")
 SPARSE = ("--density", "3,1@0,500")
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large product takes a second for each precision; what is divided by it does not depend on its size."""
+    monkeypatch.setitem(ceiling.SIDES, "cpu", 64)
 
 
 def measured(what: str, folder: Path, *words: object) -> tuple[dict[str, Any], Result]:

@@ -69,31 +69,6 @@ def test_the_modulation_of_a_condition_is_computed_once(method: str) -> None:
     assert rows == [3] * len(model.blocks)
 
 
-# Packed weights ------------------------------------------------------------------------------------------------------
-
-
-@every_method
-def test_packed_weights_are_the_same_products(method: str) -> None:
-    model = network(method, tiny())
-    assert distance(executed(model, step(model), packed_weights=True), by_sample(model, step(model))) < EXACT
-    assert any(not torch.equal(one, other) for one, other in zip(outputs(model, True), outputs(model, False), strict=True))
-    packed = Executor(copy.deepcopy(model), Execution(CPU, packed_weights=True)).network
-    assert {layer.weight.layout for layer in packed.modules() if isinstance(layer, nn.Linear)} == {torch._mkldnn}
-    assert packed.macs() == model.macs()
-
-
-def outputs(model: DiT, packed: bool) -> list[Tensor]:
-    """Predictions of several batch sizes, which are as many ways to multiply."""
-    return [executed(model, step(model, count=count), packed_weights=packed) for count in (2, 8, 32)]
-
-
-@pytest.mark.parametrize("chosen", [{"precision": "bf16"}, {"compile": "default"}])
-def test_packing_that_cannot_be_is_refused(chosen: dict[str, Any]) -> None:
-    assert not resolve_execution(ExecutionSettings(**chosen), CPU).packed_weights
-    with pytest.raises(InputError, match="--pack-weights is for a CPU"):
-        resolve_execution(ExecutionSettings(**chosen, pack_weights=True), CPU)
-
-
 # Compiled blocks -----------------------------------------------------------------------------------------------------
 
 
