@@ -16,10 +16,11 @@ from PIL import Image
 
 from data.latents import load_codec
 from runtime.config import ArgumentParser, InputError, from_mapping, nearest, option, run_script
+from runtime.decoding import decode_pictures
 from runtime.distributed import make_state
 from runtime.execution import Executor, resolve_execution
 from runtime.files import atomic_write, check_new_file
-from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_pictures
+from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_latents
 from runtime.startup import FirstPictures
 
 IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
@@ -62,7 +63,8 @@ def sample(settings: GridSettings) -> None:
     first = FirstPictures(execution)
     for start in range(0, len(labels), settings.batch_size):
         index = torch.arange(start, min(len(labels), start + settings.batch_size))
-        pictures.append(sample_pictures(network, codec, settings, labels[index], index, settings.seed, device, predict))
+        latents = sample_latents(network, settings, labels[index], index, settings.seed, device, predict)
+        pictures.append(decode_pictures(codec, latents))
         if start == 0:
             print(first.line(), flush=True)
     grid = picture_grid(torch.cat(pictures), settings.columns)

@@ -37,6 +37,7 @@ from runtime.logs import say
 from runtime.networks import blueprint, mean_gmacs, method_name
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
 from runtime.sampling import (
+    MOST_AT_ONCE,
     Checkpoint,
     CheckpointSettings,
     choose_checkpoint,
@@ -49,7 +50,6 @@ from runtime.sampling import (
 from runtime.startup import FirstPictures
 
 PROTOCOL = "protocol.json"
-MOST_AT_ONCE = 65_536
 CIRCUMSTANCES = ("device", "versions", "count", "gmacs_per_pass", "passes_per_picture", "execution")
 """Entries of a protocol record that may differ within one set."""
 

@@ -40,6 +40,7 @@ from runtime.checkpoint import (
 )
 from runtime.compilation import training_execution
 from runtime.config import ArgumentParser, InputError, run_script, to_mapping
+from runtime.decoding import decode_pictures
 from runtime.density_groups import check_groups, groups_line, number_of_groups
 from runtime.density_report import density_lines, draw_density, record_density
 from runtime.distributed import make_accelerator, promised_processes, set_numerics
@@ -56,7 +57,7 @@ from runtime.resuming import (
     resume_from,
     saved_header,
 )
-from runtime.sampling import SamplingSettings, picture_grid, sample_pictures
+from runtime.sampling import SamplingSettings, picture_grid, sample_latents
 from runtime.seeding import Keys, integers
 from runtime.settings import TrainingSettings, parse_training
 from runtime.training import Trainer
@@ -275,7 +276,8 @@ def grid_maker(settings: TrainingSettings, codec: Codec, device: torch.device, r
 
     def make(network: Any, step: int) -> Tensor:
         labels = integers(Keys(settings.seed, 0, index), "grid label", network.backbone.num_classes)
-        grid = picture_grid(sample_pictures(network, codec, sampling, labels, index, settings.seed, device))
+        latents = sample_latents(network, sampling, labels, index, settings.seed, device)
+        grid = picture_grid(decode_pictures(codec, latents))
         with atomic_write(run / "samples" / f"{step:07d}.png") as temporary:
             Image.fromarray(grid.numpy()).save(temporary, format="png")
         return grid

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar
 from models import METHODS, Backbone, DiT, method_class
 from runtime.config import InputError, from_mapping, option, to_mapping
 from runtime.networks import blueprint
+from runtime.sampling import MOST_AT_ONCE
 
 PIXELS_PER_LATENT = 8
-MOST_AT_ONCE = 65_536
 NOT_MEASURED = ("output", "quick")
 """Settings that do not decide what is measured."""
 DENSE = next(iter(METHODS))

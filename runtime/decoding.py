@@ -31,6 +31,11 @@ def decoded(codec: Codec, latents: Tensor) -> Iterator[Tensor]:
         yield codec.decode(part).cpu()
 
 
+def decode_pictures(codec: Codec, latents: Tensor) -> Tensor:
+    """Latents (N, C, h, w) -> pictures (N, H, W, 3) uint8 on the CPU"""
+    return torch.cat(list(decoded(codec, latents)))
+
+
 def resolve_overlap(asked: bool | None, execution: Execution) -> bool:
     """Whether decoding runs beside sampling; None: on a GPU. InputError where it cannot."""
     if execution.attention != "auto":

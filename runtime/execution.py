@@ -20,7 +20,7 @@ from models.token_density import TIMESTEPS
 from runtime.config import InputError, option
 from runtime.cuda_graphs import CudaCapture, PlanGraphs
 from runtime.distributed import choose_precision, set_numerics
-from runtime.packing import can_pack, pack_linears
+from runtime.packed_weights import can_pack, pack_linears
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """The type of matrix products; fp8 rounds the operands of some of them further."""
@@ -90,12 +90,12 @@ def resolve_execution(settings: ExecutionSettings, device: torch.device) -> Exec
     check_attention(settings.attention, precision, device)
     return Execution(
         device,
-        "fp8" if settings.precision == "fp8" else precision,
-        compiled,
-        settings.attention,
-        gpu and settings.cuda_graphs,
-        resolve_packing(settings.pack_weights, device, precision, compiled),
-        note,
+        precision="fp8" if settings.precision == "fp8" else precision,
+        compile=compiled,
+        attention=settings.attention,
+        cuda_graphs=gpu and settings.cuda_graphs,
+        packed_weights=resolve_packing(settings.pack_weights, device, precision, compiled),
+        note=note,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.latents import Codec, CodecSpec, resolve_codec
+from data.latents import CodecSpec, resolve_codec
 from diffusion.guidance import Interval, Predict, check_guidance, classifier_free_guidance
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import NoiseSchedule, respaced_timesteps
@@ -25,11 +25,13 @@ from models import Backbone, DiT
 from models.token_density import TIMESTEPS
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
-from runtime.decoding import decoded
 from runtime.density_report import density_lines
 from runtime.execution import ExecutionSettings
 from runtime.networks import build_with, canonical, described, fit_weights, method_name, recognized, summary, with_density
 from runtime.seeding import Keys, integers, normal
+
+MOST_AT_ONCE = 65_536
+"""Pictures in a batch; no device holds more."""
 
 LATENT_FACTOR = 8
 """Pixels per latent of the autoencoders that released checkpoints, which do not say, were trained with."""
@@ -320,20 +322,6 @@ def sample_latents(
 def plain_forward(network: nn.Module, x: Tensor, t: Tensor, y: Tensor, plan: Any, index: Tensor | None) -> Tensor:
     """The network as it stands, as guidance calls it."""
     return network(x, t, y, plan, index=index)
-
-
-def sample_pictures(
-    network: nn.Module,
-    codec: Codec,
-    settings: SamplingSettings,
-    labels: Tensor,
-    index: Tensor,
-    seed: int,
-    device: torch.device,
-    predict: Predict | None = None,
-) -> Tensor:
-    """Pictures `index` (N,) with `labels` (N,). -> (N, H, W, 3) uint8 on the CPU"""
-    return torch.cat(list(decoded(codec, sample_latents(network, settings, labels, index, seed, device, predict))))
 
 
 def picture_grid(pictures: Tensor, columns: int | None = None) -> Tensor:

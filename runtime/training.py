@@ -24,11 +24,11 @@ from runtime.density_groups import group_of, group_timestep, interval_of
 from runtime.ema import ExponentialMovingAverage
 from runtime.lagged_reads import LaggedReads
 from runtime.logs import RunLog, memory_gib, say
+from runtime.optimizer_step import learning_rate, make_optimizer, update
 from runtime.prefetch import Prefetcher
 from runtime.profiling import StepProfiler
 from runtime.seeding import Keys
 from runtime.settings import TrainingSettings
-from runtime.update import learning_rate, make_optimizer, update
 
 
 class Objective(Protocol):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from counted_graphs import Graphs, counted_graphs
 from small_runs import call, differing, metrics, random_network, state_at, succeed
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -35,30 +35,11 @@ def words(features: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Blocks run in torch's graphs without being compiled further; how often each graph ran."""
-    torch._dynamo.reset()
-    runs: list[int] = []
-    compile_ = torch.compile
-
-    def backend(graph: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
-        place = len(runs)
-        runs.append(0)
-        assert not any(isinstance(value, torch.SymInt) for value in example)
-
-        def counted(*inputs: Any) -> Any:
-            runs[place] += 1
-            return graph.forward(*inputs)
-
-        return counted
-
-    def compiled(function: Any, mode: str | None, dynamic: bool) -> Any:
-        return compile_(function, dynamic=dynamic, backend=backend)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    with torch._dynamo.config.patch(recompile_limit=8):
-        yield runs
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """Blocks run in torch's graphs without being compiled further."""
+    with counted_graphs(monkeypatch) as made:
+        yield made
+    assert made.symbolic == 0
 
 
 def losses(run: Path) -> list[float]:
@@ -81,25 +62,25 @@ def test_the_compilers_loss_curve_is_that_of_eager(features: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_one_graph_for_a_kind_of_block_and_the_numbers_of_eager(
-    checkpointing: str, words: list[str], graphs: list[int], tmp_path: Path
+    checkpointing: str, words: list[str], graphs: Graphs, tmp_path: Path
 ) -> None:
     succeed("train", *words, "--compile", "default", "--gradient-checkpointing", checkpointing)
-    assert len(graphs) == KINDS
-    assert sum(graphs) >= 6 * 5  # every block of every step ran in one, and again where it is recomputed
+    assert graphs.made == KINDS
+    assert graphs.ran >= 6 * 5  # every block of every step ran in one, and again where it is recomputed
     succeed("train", *words, "--run-name", "eager")
     assert differing(state_at(tmp_path / RUN), state_at(tmp_path / "eager")) == []  # all names of the checkpoint too
 
 
-def test_graphs_of_a_varying_density(words: list[str], graphs: list[int]) -> None:
+def test_graphs_of_a_varying_density(words: list[str], graphs: Graphs) -> None:
     """One more for each grid of what sees the grid; the limit follows."""
     density = "4,3,2,2x1,4x2,1@0,150,300,450,600,750"
     succeed("train", *words, "--compile", "default", "--density", density, "--max-steps", "24")
     assert torch._dynamo.config.recompile_limit == 28
-    assert len(graphs) <= 2 + 6 * 3
-    assert sum(graphs) >= 24 * 5
+    assert graphs.made <= 2 + 6 * 3
+    assert graphs.ran >= 24 * 5
 
 
-def test_a_limit_that_stays_would_be_noticed(words: list[str], graphs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_stays_would_be_noticed(words: list[str], graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_few(*arguments: Any) -> None:
         models.compile_blocks(*arguments)
         torch._dynamo.config.recompile_limit = 2
@@ -107,10 +88,10 @@ def test_a_limit_that_stays_would_be_noticed(words: list[str], graphs: list[int]
     monkeypatch.setattr("runtime.compilation.compile_blocks", too_few)
     density = "4,3,2,2x1,4x2,1@0,150,300,450,600,750"
     succeed("train", *words, "--compile", "default", "--density", density, "--max-steps", "24")
-    assert sum(graphs) < 24 * 5
+    assert graphs.ran < 24 * 5
 
 
-def test_the_average_runs_as_it_is(words: list[str], graphs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_runs_as_it_is(words: list[str], graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[bool] = []
     as_it_is = Trainer.__init__
 

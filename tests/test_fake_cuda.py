@@ -28,10 +28,10 @@ from models import Backbone, DiT, create_model
 from runtime.averages import LossAverages
 from runtime.cuda_graphs import PlanGraphs
 from runtime.execution import Execution, numerics
+from runtime.optimizer_step import make_optimizer, update
 from runtime.sampling import SamplingSettings, plain_forward, sample_latents
 from runtime.settings import TrainingSettings
 from runtime.training import Batch, TrainingStep
-from runtime.update import make_optimizer, update
 
 ROOT = Path(__file__).parents[1]
 DEVICE = """

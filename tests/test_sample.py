@@ -357,7 +357,7 @@ def test_sample_refuses_in_one_sentence(
 ) -> None:
     (tmp_path / "few.txt").write_text("a\nb\n")
     (tmp_path / "many.txt").write_text("a\nb\nc\nd\ne\nf\n")
-    monkeypatch.setattr("sample.sample_pictures", lambda *arguments: pytest.fail("it sampled"))
+    monkeypatch.setattr("sample.sample_latents", lambda *arguments: pytest.fail("it sampled"))
     words, named = BAD_GRIDS[case]
     result = call("sample", *grid_words, *[word.replace("FOLDER", str(tmp_path)) for word in words])
     assert_refused(result, named)

@@ -21,8 +21,8 @@ from diffusion.gaussian import EpsilonObjective
 from runtime import distributed, settings
 from runtime.checkpoint import checkpoints
 from runtime.networks import build, described
+from runtime.optimizer_step import learning_rate
 from runtime.training import Trainer
-from runtime.update import learning_rate
 
 RUN = "DiT-T-2-sparsedit-64"
 

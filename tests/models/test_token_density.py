@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import diffusion.schedule
 import models.token_density
 from models.token_density import TIMESTEPS, Grid, TokenDensity, grid_of_rate, pruning_rate
 from runtime.config import InputError
@@ -33,6 +34,11 @@ def misread_rates(grid_of: Callable[[float, Grid], Grid]) -> list[tuple[int, int
         for side, rate in rates.items()
         if grid_of(rate, (full, full)) != (side, side)
     ]
+
+
+def test_the_timesteps_are_those_of_the_noise_schedule() -> None:
+    """Networks and schedules do not import each other, so the number stands in both."""
+    assert diffusion.schedule.TIMESTEPS == TIMESTEPS
 
 
 def test_the_papers_rates_are_those_of_its_grids() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from counted_graphs import Graphs, counted_graphs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,35 +73,11 @@ def test_the_modulation_of_a_condition_is_computed_once(method: str) -> None:
 # Compiled blocks -----------------------------------------------------------------------------------------------------
 
 
-class Graphs:
-    """Graphs that torch made, and how often they ran."""
-
-    def __init__(self) -> None:
-        self.made = self.ran = 0
-
-    def backend(self, graph: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
-        self.made += 1
-
-        def counted(*given: Any) -> Any:
-            self.ran += 1
-            return graph.forward(*given)
-
-        return counted
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
-    """Nothing but the tracing of torch.compile, each graph counted."""
-    torch._dynamo.reset()
-    found, compile_ = Graphs(), torch.compile
-
-    def counting(function: Any, mode: str | None, dynamic: bool) -> Any:
-        return compile_(function, dynamic=dynamic, backend=found.backend)
-
-    monkeypatch.setattr(torch, "compile", counting)
-    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, put back afterwards
-        yield found
-    torch._dynamo.reset()
+    """Nothing but the tracing of torch.compile."""
+    with counted_graphs(monkeypatch) as made:
+        yield made
 
 
 SHALLOW = {"poolingformer_blocks": 1, "modules": 2, "module_blocks": (1, 1, 1, 1), "top_blocks": 1, "density": "3"}

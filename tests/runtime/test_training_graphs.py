@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from accelerate.utils import DynamoBackend
+from counted_graphs import Graphs, counted_graphs
 from small_runs import differing, metrics, state_at, succeed
 
 from models import Plan
@@ -32,35 +32,12 @@ def words(features: Path, tmp_path: Path) -> list[str]:
             "--lr", "1e-3", "--results-dir", str(tmp_path)]  # fmt: skip
 
 
-class Graphs:
-    """Graphs that torch made, and how often each ran."""
-
-    def __init__(self) -> None:
-        self.runs: list[int] = []
-        self.symbolic = 0
-
-    def backend(self, graph: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
-        place = len(self.runs)
-        self.runs.append(0)
-        self.symbolic += any(isinstance(value, torch.SymInt) for value in example)
-
-        def counted(*inputs: Any) -> Any:
-            self.runs[place] += 1
-            return graph.forward(*inputs)
-
-        return counted
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     """What `accelerate launch --dynamo_backend eager` starts, with each graph counted."""
-    torch._dynamo.reset()
-    made, compile_ = Graphs(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **chosen: compile_(module, **{**chosen, "backend": made.backend}))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep each of its lines
     monkeypatch.setattr(seeding, "_ROUNDS", 2)  # tracing a generator of ten rounds takes most of a second
-    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, put back afterwards
+    with counted_graphs(monkeypatch) as made:
         yield made
 
 

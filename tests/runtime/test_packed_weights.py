@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import METHODS, DiT
 from runtime.config import InputError
 from runtime.execution import Execution, ExecutionSettings, Executor, resolve_execution
-from runtime.packing import can_pack
+from runtime.packed_weights import can_pack
 from tests.models.random_networks import distance, inputs, network, tiny
 
 CPU = torch.device("cpu")
