@@ -121,7 +121,7 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     network = network_of(settings, backbone, options, before)
     schedule = NoiseSchedule.linear()
     schedule.respaced(settings.sample_steps)
-    objective = EpsilonObjective(schedule, settings.min_snr_gamma, settings.learn_sigma)
+    objective = EpsilonObjective(schedule, settings.min_snr_gamma, settings.learn_sigma, settings.timestep_strata)
     grid_codec = grid_codec_of(settings, features) if settings.sample_every else None
     header = {
         "network": describe(network, settings.model),
@@ -134,6 +134,9 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         raise InputError(f"{resume}: the checkpoint's header is damaged; copy the file again.")
     groups = number_of_groups(settings.density_groups, groups_before, len(network.training_plans()), shares)
     settings = replace(settings, density_groups=groups)
+    if len(network.training_plans()) > 1 and settings.timestep_strata > 1:
+        raise InputError("--timestep-strata is for networks with one token count, and this density has several: its density "
+                         "groups spread the timesteps; leave the flag out.")  # fmt: skip
     if resume and saved:
         check_resumable(resume, saved, settings, header)
     check_groups(groups, promised_processes(), settings.gradient_accumulation)
@@ -222,8 +225,8 @@ def opening_lines(prepared: Prepared, network: DiT, trainer: Trainer, execution:
         yield f"blocks compiled ({execution.compile}): the first steps wait for it"
     if settings.gradient_checkpointing != "none":
         yield f"gradient checkpointing: {settings.gradient_checkpointing}"
-    if len(trainer.plans) > 1:
-        yield groups_line(trainer.groups, processes, accumulation, len(trainer.plans))
+    if len(trainer.intervals) > 1:
+        yield groups_line(trainer.groups, processes, accumulation, len(trainer.intervals))
     yield from origin_lines(prepared, trainer.step, execution.note)
 
 

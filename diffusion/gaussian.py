@@ -96,9 +96,11 @@ class EpsilonObjective:
     The hybrid loss of Improved DDPM (equation 16) without its factor 1/1000. `min_snr_gamma` weights the squared error,
     and that alone, by min(snr, gamma) / snr (Hang et al. 2023, section 3.4); None leaves the weight at 1.
     `learned_variance`: the output's second half are variance channels; otherwise the bound is left out (zeros).
+    `strata`: the timesteps are cut into so many equal parts, and the sample at place i of the batch draws from part i mod
+    `strata`; it divides their number.
     """
 
-    def __init__(self, schedule: NoiseSchedule, min_snr_gamma: float | None, learned_variance: bool) -> None:
+    def __init__(self, schedule: NoiseSchedule, min_snr_gamma: float | None, learned_variance: bool, strata: int = 1) -> None:
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise InputError(f"min-SNR gamma must be above 0, not {min_snr_gamma}; `none` turns the weighting off.")
         if schedule.timesteps != tuple(range(len(schedule))):
@@ -106,6 +108,7 @@ class EpsilonObjective:
         self.schedule = schedule
         self.min_snr_gamma = min_snr_gamma
         self.learned_variance = learned_variance
+        self.strata = strata
 
     def noised(self, x0: Tensor, keys: Keys, timesteps: range | Timesteps | None = None) -> Noised:
         """Draws timesteps, uniform over `timesteps` (None: the whole schedule), and noise for a training batch x0 (N, C, H, W).
@@ -113,7 +116,8 @@ class EpsilonObjective:
         What each sample draws is a function of its key and of `timesteps`; over the whole schedule, of its key alone.
         """
         drawn = range(len(self.schedule)) if timesteps is None else timesteps
-        t = drawn.start + integers(keys, "timestep", drawn.stop - drawn.start)  # (N,)
+        width = (drawn.stop - drawn.start) // self.strata
+        t = drawn.start + keys.index % self.strata * width + integers(keys, "timestep", width)  # (N,)
         noise = normal(keys, "noise", tuple(x0.shape[1:]))  # (N, C, H, W)
         return Noised(q_sample(self.schedule, x0, t, noise), t, x0, noise)
 

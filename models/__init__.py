@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from models.dit import Backbone, DiT
+from models.dydit import DyDiT
 from models.layers import Plan
 from models.sparsedit import SparseDiT
 from runtime.config import InputError, from_mapping, nearest
@@ -19,6 +20,7 @@ __all__ = [
     "METHODS",
     "Backbone",
     "DiT",
+    "DyDiT",
     "Plan",
     "SparseDiT",
     "checkpoint_blocks",
@@ -27,7 +29,7 @@ __all__ = [
     "method_class",
 ]
 
-METHODS: Mapping[str, type[DiT]] = {"dense": DiT, "sparsedit": SparseDiT}
+METHODS: Mapping[str, type[DiT]] = {"dense": DiT, "sparsedit": SparseDiT, "dydit": DyDiT}
 """Every method by name, the dense backbone first. To add one: a file in `models/` and a line here."""
 
 
@@ -80,13 +82,13 @@ def compile_blocks(network: DiT, mode: str, plans: Iterable[Plan]) -> None:
     import torch._dynamo  # a second, which others need not wait
 
     # The full map and every plan's tokens, each in whole batches and guided half ones, and in a last smaller batch of each.
-    shapes = 4 * (1 + len(set(plans)))
+    shapes = 4 * (1 + len({plan.signature for plan in plans}))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes)
     # It cuts graphs where a data-parallel bucket ends, which a block is smaller than; checkpointed ones it cannot cut.
     torch._dynamo.config.optimize_ddp = False
     # It warns of in-place operations in what is selectively checkpointed; blocks have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    # CUDA graphs are recorded around the whole network, not inside.
+    inner = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
     for block in network.blocks:
-        # CUDA graphs are recorded around the whole network, not inside.
-        inner = "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
-        block.forward = torch.compile(block.forward, mode=inner, dynamic=False)
+        block.compile_with(partial(torch.compile, mode=inner, dynamic=False))

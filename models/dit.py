@@ -24,6 +24,7 @@ from models.layers import (
 )
 from models.token_density import TIMESTEPS, TokenDensity
 from models.weights import DenseRules, Rows
+from models.work import Work
 from runtime.config import InputError, nearest
 from runtime.seeding import Keys, uniform
 
@@ -121,6 +122,8 @@ class DiT(nn.Module):
     released_layout: ClassVar[str] = "DiT"
     """The layout in which the authors publish weights (see `layout_names`)."""
     blocks: Sequence[ModulatedBlock]
+    work: Work | None = None
+    """Counts what passes computed where that depends on what they saw; None: a plan says it all."""
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Training settings the method's paper changes; below a YAML file and flags in precedence."""
 
@@ -151,11 +154,13 @@ class DiT(nn.Module):
         for _ in range(backbone.depth):
             yield Block(backbone.hidden_size, backbone.num_heads, backbone.mlp_ratio)
 
-    def run_blocks(self, tokens: Tensor, condition: Condition, plan: Plan, draws: Draws | None) -> Tensor:
-        """tokens (N, T, D), condition of N samples -> (N, T, D)"""
+    def run_blocks(
+        self, tokens: Tensor, condition: Condition, plan: Plan, draws: Draws | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """tokens (N, T, D), condition of N samples -> (N, T, D), features for `extra_losses` and `measurements`"""
         for block in self.blocks:
             tokens = block(tokens, None, block.modulation(condition))  # (N, T, D)
-        return tokens
+        return tokens, {}
 
     def block_macs(self, plan: Plan) -> int:
         """Multiply-accumulates of all blocks for one image."""
@@ -179,12 +184,17 @@ class DiT(nn.Module):
         """Plans of the conditional and the unconditional half; equal plans let both halves run as one batch."""
         return self.plan(t), self.plan(t)
 
-    def training_plans(self) -> Sequence[tuple[range, Plan]]:
+    def training_plans(self, step: int = 0) -> Sequence[tuple[range, Plan]]:
         """Intervals of timesteps, together 0 .. 999 in order, and the plan of a training pass within each.
 
-        A training batch holds timesteps of one interval alone.
+        A training batch holds timesteps of one interval alone. Intervals are the same at every training step, plans those of
+        the step's stage.
         """
         return [(range(TIMESTEPS), self.plan(0))]
+
+    def training_stages(self) -> Sequence[int]:
+        """The training steps from which on `training_plans` has other plans, ascending, the first 0."""
+        return [0]
 
     def draw(self, keys: Keys) -> dict[str, Tensor]:
         """Everything random in one training pass: here, which labels become the null class. label_drop: (N,) bool"""
@@ -193,12 +203,23 @@ class DiT(nn.Module):
     def training_forward(
         self, x: Tensor, t: Tensor, y: Tensor, plan: Plan | None, draws: Draws
     ) -> tuple[dict[str, tuple[Tensor, float]], dict[str, Tensor]]:
-        """Outputs to which the objective applies, each with its weight, and features for `extra_losses`."""
-        return {"denoising": (self(x, t, y, plan, draws), 1.0)}, {}
+        """Outputs to which the objective applies, each with its weight, "denoising" first; and features for `extra_losses`."""
+        output, features = self.predict(x, t, y, plan, draws)
+        return {"denoising": (output, 1.0)}, features
 
     def extra_losses(self, features: Mapping[str, Tensor], step: int | Tensor) -> dict[str, Tensor]:
         """Scalar losses of the method itself, already weighted, by name."""
         return {}
+
+    def measurements(self, features: Mapping[str, Tensor], step: int | Tensor) -> dict[str, Tensor]:
+        """What else of a training pass is logged, by name: scalars, or one number for each layer."""
+        return {}
+
+    def imitate_training(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """For measurements of drawn weights: decisions that come out of weights fall as often as training would make them.
+
+        x (N, C, H, W), t (N,), y (N,) are what the network will see.
+        """
 
     @classmethod
     def recognize(cls, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Mapping[str, Any]] | None:
@@ -232,16 +253,26 @@ class DiT(nn.Module):
         Without a plan each sample gets that of its own timestep, the slow and general way: where plans differ the timesteps are
         read back from the device and the samples of one plan run together.
         """
-        if plan is None:
-            plans = self.training_plans()
-            if len(plans) > 1:
-                return self._forward_by_plan(x, t.expand(len(x)), y if index is None else y[index], draws)
-            plan = plans[0][1]
-        tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        if plan is None and len(self.training_plans()) > 1:
+            return self._forward_by_plan(x, t.expand(len(x)), y if index is None else y[index], draws)
+        return self.predict(x, t, y, plan, draws, index)[0]
+
+    def predict(
+        self, x: Tensor, t: Tensor, y: Tensor, plan: Plan | None, draws: Draws | None, index: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `forward` under one plan (None: that of training), and the features of the pass."""
+        plan = self.training_plans()[0][1] if plan is None else plan
+        tokens, condition = self.embed(x, t, y, draws, index)  # (N, T, D)
+        tokens, features = self.run_blocks(tokens, condition, plan, draws)  # (N, T, D)
+        return self.unpatchify(self.final_layer(tokens, condition)), features  # (N, out_channels, H, W)
+
+    def embed(
+        self, x: Tensor, t: Tensor, y: Tensor, draws: Draws | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, Condition]:
+        """The full token map (N, T, D) and what conditions its pass."""
         labels = self.y_embedder(y, None if draws is None else draws["label_drop"])  # (R, D), without an index R = N
-        condition = Condition(self.t_embedder(t) + labels, index)
-        tokens = self.run_blocks(tokens, condition, plan, draws)  # (N, T, D)
-        return self.unpatchify(self.final_layer(tokens, condition))  # (N, out_channels, H, W)
+        timestep = self.t_embedder(t)  # (N, D) or (1, D)
+        return self.x_embedder(x) + self.pos_embed, Condition(timestep + labels, index, timestep)
 
     def _forward_by_plan(self, x: Tensor, t: Tensor, y: Tensor, draws: Draws | None) -> Tensor:
         """x (N, C, H, W), t (N,), y (N,) -> (N, out_channels, H, W), every sample under the plan of its timestep."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,10 +23,16 @@ FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """What one denoising step computes. `signature` is static and hashable (it keys a compiled graph); `tensors` are data."""
+    """What one denoising step computes. `signature` is static and hashable (it keys a compiled graph); `tensors` are data.
+
+    `selection` says which parts of the weights the step runs, as far as no graph depends on it: plans that differ in it are
+    different. `timestep` is the one the plan was made for; plans of several timesteps may be equal.
+    """
 
     signature: tuple[Any, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    selection: tuple[Any, ...] = ()
+    timestep: int = field(default=0, compare=False)
 
 
 class Condition(NamedTuple):
@@ -38,6 +44,7 @@ class Condition(NamedTuple):
 
     rows: Tensor  # (R, D)
     row_of: Tensor | None = None  # (N,) int64, each sample's row; None: sample i has row i
+    timestep: Tensor | None = None  # (N, D), or (1, D) for all samples: the embedded timestep alone
 
     def spread(self, values: Tensor) -> Tensor:
         """What was computed from the rows, (R, ...), for each sample: (N, ...)"""
@@ -178,6 +185,10 @@ class ModulatedBlock(nn.Module, ABC):
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def compile_with(self, compiled: Callable[[Any], Any]) -> None:
+        """From now on runs what `compiled` makes of its forward."""
+        self.forward = compiled(self.forward)
 
     def modulation(self, condition: Condition) -> Tensor:
         """Two shifts, scales and gates, (N, 6 D) float32: 1 + scale must not be rounded to half precision."""

@@ -262,10 +262,12 @@ class SparseDiT(DiT):
     def plan(self, t: int) -> Plan:
         return Plan(signature=("sparse grid", *self.density.grid_at(t)))
 
-    def training_plans(self) -> Sequence[tuple[range, Plan]]:
+    def training_plans(self, step: int = 0) -> Sequence[tuple[range, Plan]]:
         return [(timesteps, self.plan(timesteps.start)) for timesteps in self.density.intervals]
 
-    def run_blocks(self, tokens: Tensor, condition: Condition, plan: Plan, draws: Draws | None) -> Tensor:
+    def run_blocks(
+        self, tokens: Tensor, condition: Condition, plan: Plan, draws: Draws | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         grid, sparse_grid = self.backbone.grid, plan.signature[1:]
         position = self.pos_embed if self.options.readd_position else None  # (1, T, D)
         context, previous = Context(), None
@@ -279,7 +281,7 @@ class SparseDiT(DiT):
             if kind == RECOVER:
                 context = context._replace(upsample=None, position=None)
             previous = kind
-        return tokens  # (N, T, D)
+        return tokens, {}  # (N, T, D)
 
     def block_macs(self, plan: Plan) -> int:
         full, sparse = self.backbone.tokens, plan.signature[1] * plan.signature[2]

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class LossAverages:
-    """Sums of losses over finite steps, by name, and of the total by interval of timesteps. Only `take` reads the device."""
+    """Sums of losses over finite steps, by name, and of the total by interval of timesteps. Only `take` reads the device.
+
+    A name that only some steps have is averaged over those.
+    """
 
     def __init__(self, intervals: Sequence[range], accelerator: Accelerator) -> None:
         self.intervals, self.accelerator = intervals, accelerator
@@ -18,7 +21,10 @@ class LossAverages:
         self._begin_step()
 
     def add(self, parts: Mapping[str, Tensor], interval: int, share: float) -> None:
-        """The losses of a micro-batch, `share` of the step's. They are copied: a CUDA graph may write over its outputs."""
+        """Losses of a micro-batch, `share` of the step's, each () or (K,).
+
+        They are copied: a CUDA graph may write over its outputs.
+        """
         for name, value in parts.items():
             self._step[name] = self._step.get(name, 0.0) + value.float() * share
         if len(self.intervals) > 1:
@@ -29,13 +35,14 @@ class LossAverages:
         """Counts the step in, or leaves it out where its gradients were not `finite` () bool."""
         self._steps += finite
         for name, value in self._step.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.where(finite, 0.0)
+            total, steps = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value.where(finite, 0.0), steps + finite
         if len(self.intervals) > 1:
             self._by_interval += self._step_by_interval.where(finite, 0.0)
         self._begin_step()
 
     def take(self) -> dict[str, float]:
-        """The means since the last call, "loss" first; empty where no step was finite.
+        """The means since the last call, "loss" first; empty where no step was finite. (K,) comes as NAME/00, NAME/01 ...
 
         Where there are several intervals, "loss_at_t/FIRST-LAST" is the mean of those that some process drew. The processes
         draw different ones, so sums and counts are added before dividing.
@@ -43,10 +50,9 @@ class LossAverages:
         values: dict[str, float] = {}
         steps = int(self._steps)  # the same on every process, as all skip the same steps
         if steps:
-            names = sorted(self._sums)
-            means = torch.stack([self._sums[name] / steps for name in names])
-            means = self.accelerator.reduce(means, reduction="mean")
-            averages = dict(zip(names, means.tolist(), strict=True))
+            means = self.accelerator.reduce(torch.cat([self._mean(name) for name in self._names()]), reduction="mean")
+            labels = [label for name in self._names() for label in self._labels(name)]
+            averages = dict(zip(labels, means.tolist(), strict=True))
             values = {"loss": averages.pop("loss"), **averages}
         if steps and len(self.intervals) > 1:
             sums, counts = self.accelerator.reduce(self._by_interval, reduction="sum").tolist()
@@ -56,8 +62,21 @@ class LossAverages:
         self._empty()
         return values
 
+    def _names(self) -> list[str]:
+        """What some finite step had."""
+        return [name for name in sorted(self._sums) if self._sums[name][1] > 0]
+
+    def _mean(self, name: str) -> Tensor:
+        """-> (K,), or (1,) for a scalar"""
+        total, steps = self._sums[name]
+        return torch.atleast_1d(total / steps)
+
+    def _labels(self, name: str) -> list[str]:
+        total, _ = self._sums[name]
+        return [name] if total.ndim == 0 else [f"{name}/{place:02d}" for place in range(len(total))]
+
     def _empty(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._steps = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         self._by_interval = torch.zeros(2, len(self.intervals), device=self.accelerator.device)  # sums of losses; how many
 

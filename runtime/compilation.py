@@ -40,10 +40,15 @@ def prepare_blocks(network: DiT, checkpointing: str, compiled: str) -> None:
     if checkpointing != "none":
         checkpoint_blocks(network, selective=checkpointing == "selective")
     if compiled != "none":
-        compile_blocks(network, compiled, [plan for _, plan in network.training_plans()])
+        compile_blocks(network, compiled, plans_of_training(network))
 
 
-def allow_graphs(accelerator: Accelerator, plans: Sequence[tuple[range, Plan]]) -> None:
+def plans_of_training(network: DiT) -> list[Plan]:
+    """The plans of all intervals of timesteps and all stages of a training."""
+    return [plan for stage in network.training_stages() for _, plan in network.training_plans(stage)]
+
+
+def allow_graphs(accelerator: Accelerator, plans: Sequence[Plan]) -> None:
     """Where the launcher asks for compilation (`accelerate launch --dynamo_backend`): one graph for each signature."""
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
@@ -53,6 +58,6 @@ def allow_graphs(accelerator: Accelerator, plans: Sequence[tuple[range, Plan]]) 
     torch.compiler.assume_constant_result(key_words)
     if plugin.dynamic is None:  # torch's default would make the second grid met a variable, and slow graphs for any grid
         plugin.dynamic = False
-    signatures = {plan.signature for _, plan in plans}
+    signatures = {plan.signature for plan in plans}
     # Beyond its limit, of 8, torch goes back to running uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(signatures))

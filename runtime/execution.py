@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import DiT, Plan, compile_blocks
+from models.layers import Float32Linear
 from models.token_density import TIMESTEPS
 from runtime.config import InputError, option
 from runtime.cuda_graphs import CudaCapture, PlanGraphs
@@ -151,11 +152,15 @@ class Executor:
     """
 
     def __init__(self, network: DiT, execution: Execution) -> None:
+        # A pass whose sizes depend on what it sees cannot be recorded.
+        execution = replace(execution, cuda_graphs=execution.cuda_graphs and network.work is None)
         self.network, self.execution = network.to(execution.device), execution
         set_numerics(execution.precision != "fp32")
         if execution.precision in HALF:
             convert_linears(network, HALF[execution.precision])
         if execution.precision == "fp8":
+            if network.work is not None:
+                raise InputError("--precision fp8 multiplies by whole weights, and this method by slices; choose bf16.")
             round_to_fp8(network)
         if execution.packed_weights:
             pack_linears(network)
@@ -186,7 +191,7 @@ def numerics(execution: Execution) -> Iterator[None]:
 def convert_linears(network: nn.Module, half: torch.dtype) -> None:
     """Stores the weights of matrix products as autocast would convert them at every call; `Float32Linear`s stay."""
     for module in network.modules():
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear) and not isinstance(module, Float32Linear):
             module.to(half)
 
 

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from runtime.files import atomic_write
 
 METRICS = "metrics.jsonl"
+LAYERS = "layers/"
+"""How the names of numbers begin of which there is one for each layer: too many for the console."""
 
 
 class RunLog:
@@ -35,7 +37,8 @@ class RunLog:
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        say("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in values.items())]))
+        shown = (f"{name} {value:.4g}" for name, value in values.items() if not name.startswith(LAYERS))
+        say("  ".join([f"step {step}", *shown]))
 
     def picture(self, step: int, name: str, pixels: torch.Tensor) -> None:
         """pixels (H, W, 3) uint8, shown in TensorBoard."""

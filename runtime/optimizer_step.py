@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,12 +26,25 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainingSetting
     )
 
 
-def update(
-    network: nn.Module, optimizer: Any, ema: ExponentialMovingAverage, clip: float | None, step: int, accelerator: Accelerator
-) -> tuple[Tensor, Tensor]:
-    """Applies the accumulated gradients, unless they are not finite, and moves the average. -> their norm (), finite () bool
+class Outcome(NamedTuple):
+    """What became of a step, on the device."""
 
-    `optimizer` is what accelerate made of `make_optimizer`'s. A step that is not finite leaves weights and moments as they are;
+    norm: Tensor  # () of the gradients, before they were clipped
+    finite: Tensor  # () bool
+    large: Tensor  # () bool: finite, and above the norm from which on updates are left out
+
+
+def update(
+    network: nn.Module,
+    optimizer: Any,
+    ema: ExponentialMovingAverage,
+    settings: TrainingSettings,
+    step: int,
+    accelerator: Accelerator,
+) -> Outcome:
+    """Applies the accumulated gradients, unless they are not finite or too large, and moves the average.
+
+    `optimizer` is what accelerate made of `make_optimizer`'s. A step that is left out leaves weights and moments as they are;
     for the average it is a step on which the weights stood still.
     """
     accelerator.unscale_gradients(optimizer)
@@ -39,19 +52,21 @@ def update(
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     # Gradients are reduced over the processes, so all of them decide alike.
     finite = torch.isfinite(norm)
-    if clip is not None:
-        clip_grads_with_norm_(parameters, clip, norm)
+    most = math.inf if settings.skip_gradient_norm is None else settings.skip_gradient_norm
+    large = finite & (norm > most)
+    if settings.gradient_clip is not None:
+        clip_grads_with_norm_(parameters, settings.gradient_clip, norm)
     # Where this says 1 the kernel leaves everything as it is: torch's gradient scaler tells it so. Through the scaler's own
     # `step` it would judge each gradient alone, not their norm.
     adamw = optimizer.optimizer
-    adamw.found_inf = (~finite).float()
+    adamw.found_inf = (~finite | large).float()
     adamw.step()
     del adamw.found_inf
     if accelerator.scaler is not None:
         accelerator.scaler.update()
     optimizer.zero_grad()
     ema.update(network, step)
-    return norm, finite
+    return Outcome(norm, finite, large)
 
 
 def learning_rate(settings: TrainingSettings, step: int, last_step: int) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import DiT
+from models.slices import Slice, SliceableLinear
 
 TYPICAL_ROWS = 1024
 """Rows of the products that the layout is chosen for; it serves all others."""
@@ -19,12 +20,25 @@ def can_pack() -> bool:
 
 
 def pack_linears(network: DiT) -> None:
-    """From now on the Linears of a float32 network on the CPU multiply by packed weights, which take the place of their own."""
+    """From now on the Linears of a float32 network on the CPU multiply by packed weights, which take the place of their own.
+
+    Those of which slices are run keep theirs, and pack the slices.
+    """
     for module in network.modules():
-        if isinstance(module, nn.Linear):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), TYPICAL_ROWS)
-            module.weight = nn.Parameter(packed, requires_grad=False)
+        if isinstance(module, SliceableLinear):
+            module.lay_out = packed_slice
+        elif isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(packed(module.weight.detach()), requires_grad=False)
             module.forward = partial(packed_product, module)  # type: ignore[method-assign]
+
+
+def packed_slice(part: Slice) -> Slice:
+    return part._replace(weight=packed(part.weight))
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A weight (outputs, inputs) as oneDNN lays it out."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
 
 
 def packed_product(layer: nn.Linear, x: Tensor) -> Tensor:

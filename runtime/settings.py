@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models import METHODS, DiT, method_class
+from models.token_density import TIMESTEPS
 from runtime.config import (
     ArgumentParser,
     InputError,
@@ -52,6 +53,12 @@ class TrainingSettings:
     adam_beta2: float = option(0.999, "AdamW's decay of squared gradients; lower adapts sooner in short runs")
     weight_decay: float = option(0.0, "AdamW's decay of weights")
     gradient_clip: float | None = option(None, "largest gradient norm; none: not clipped")
+    skip_gradient_norm: float | None = option(
+        None, "leave out updates whose gradient norm is above this; the method's recipe sets it, none: all count"
+    )
+    timestep_strata: int = option(
+        1, "equal parts of the timesteps, from which the samples of a batch draw in turn; the method's recipe sets it, 1: none"
+    )
     min_snr_gamma: float | None = option(None, "weight the loss by min(snr, gamma)/snr; the method's recipe sets it, none: off")
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance")
     ema_decay: float = option(0.9999, "decay of the averaged weights")
@@ -107,6 +114,7 @@ LEAST = {
         "global_batch_size",
         "gradient_accumulation",
         "density_groups",
+        "timestep_strata",
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -238,9 +246,15 @@ def check(settings: TrainingSettings) -> None:
     for name in ("label_drop", "ema_decay", "adam_beta2"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be between 0 and 1.")
+    strata = settings.timestep_strata
+    if TIMESTEPS % strata or settings.global_batch_size % strata:
+        raise InputError(
+            f"--timestep-strata is {strata}; it must divide the {TIMESTEPS} timesteps and --global-batch-size, "
+            f"{settings.global_batch_size}, or timesteps would not be drawn alike."
+        )
     if not math.isfinite(settings.cfg_scale):
         raise InputError(f"--cfg-scale is {settings.cfg_scale}; it must be finite.")
-    for name in ("learning_rate", "gradient_clip"):
+    for name in ("learning_rate", "gradient_clip", "skip_gradient_norm"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite.")

@@ -18,13 +18,13 @@ from diffusion.schedule import Timesteps
 from models import DiT, Plan
 from runtime.averages import LossAverages
 from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_header, read_tensors, save_checkpoint
-from runtime.compilation import allow_graphs, prepare_blocks, training_execution
+from runtime.compilation import allow_graphs, plans_of_training, prepare_blocks, training_execution
 from runtime.config import InputError, to_mapping
 from runtime.density_groups import group_of, group_timestep, interval_of
 from runtime.ema import ExponentialMovingAverage
 from runtime.lagged_reads import LaggedReads
 from runtime.logs import RunLog, memory_gib, say
-from runtime.optimizer_step import learning_rate, make_optimizer, update
+from runtime.optimizer_step import Outcome, learning_rate, make_optimizer, update
 from runtime.prefetch import Prefetcher
 from runtime.profiling import StepProfiler
 from runtime.seeding import Keys
@@ -51,7 +51,7 @@ class Data(Protocol):
 
 
 class Batch(NamedTuple):
-    """What one process computes at once. All its timesteps lie in one interval of the token density, whose plan this is."""
+    """What one process computes at once. All its timesteps lie in one interval of the method's, whose plan this is."""
 
     latents: Tensor  # (n, C, H, W)
     labels: Tensor  # (n,)
@@ -73,20 +73,23 @@ class TrainingStep(nn.Module):
         self.seed = seed
 
     def forward(self, batch: Batch, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """step () int64 -> scalar loss, its parts by name"""
+        """step () int64 -> scalar loss; its parts and what else was measured by name, scalars or (layers,)"""
         keys = Keys(self.seed, step, batch.positions)
         noised = self.objective.noised(batch.latents, keys, batch.timesteps)
         outputs, features = self.network.training_forward(
             noised.x_t, noised.t, batch.labels, batch.plan, self.network.draw(keys)
         )
-        total, parts = batch.latents.new_zeros(()), {}
+        total, parts = batch.latents.new_zeros(()), dict[str, Tensor]()
         for name, (output, weight) in outputs.items():
-            for part, values in self.objective.losses(output, noised).items():
-                parts[part if len(outputs) == 1 else f"{name}/{part}"] = values.mean().detach()
-                total = total + weight * values.mean() if part == "loss" else total
-        for name, value in self.network.extra_losses(features, step).items():
-            parts[name], total = value.detach(), total + value
-        return total, {**parts, "loss": total.detach()}
+            losses = {part: values.mean() for part, values in self.objective.losses(output, noised).items()}
+            total = total + weight * losses["loss"]
+            parts |= {part if name == "denoising" else f"{name}/{part}": value for part, value in losses.items()}
+        extra = self.network.extra_losses(features, step)
+        if len(outputs) + len(extra) > 1:
+            parts["denoising/loss"] = parts["loss"]
+        total = total + sum(extra.values())
+        parts |= {**extra, **self.network.measurements(features, step), "loss": total}
+        return total, {name: value.detach() for name, value in parts.items()}
 
 
 class Trainer:
@@ -118,18 +121,19 @@ class Trainer:
         self.device = accelerator.device
         gpu = self.device.type == "cuda"
         self.network = network.to(self.device)
-        self.groups, self.plans = settings.density_groups, network.training_plans()
+        self.groups, self.intervals = settings.density_groups, [interval for interval, _ in network.training_plans()]
         self.ema = ExponentialMovingAverage(self.network, settings.ema_decay, settings.ema_warmup)
         # After the average was copied, which runs as it is.
         prepare_blocks(self.network, settings.gradient_checkpointing, training_execution(settings, self.device).compile)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         step_module = TrainingStep(self.network, objective, settings.seed)
-        allow_graphs(accelerator, self.plans)
+        allow_graphs(accelerator, plans_of_training(self.network))
         self.step_module, self.optimizer = accelerator.prepare(step_module, make_optimizer(parameters, settings))
         self.last_step = settings.max_steps or math.ceil(settings.epochs * len(data) / settings.global_batch_size)
         self.share = settings.global_batch_size // (accelerator.num_processes * settings.gradient_accumulation)
         self.step = 0
         self.skipped_steps = 0
+        self.large_steps = 0
         self._saved_step = -1
         self._skipped_in_a_row = 0
         self._signals: list[int] = []
@@ -138,7 +142,7 @@ class Trainer:
         ahead = gpu if settings.prefetch is None else settings.prefetch
         batches = self.last_step * settings.gradient_accumulation
         self._prefetcher = Prefetcher(self._read_batch, batches, self.device) if ahead else None
-        self.losses = LossAverages([timesteps for timesteps, _ in self.plans], accelerator)
+        self.losses = LossAverages(self.intervals, accelerator)
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -221,7 +225,7 @@ class Trainer:
             latents, labels = self._prefetcher.take(place) if self._prefetcher else self._read_batch(place)
             sound.append(torch.isfinite(latents).all())
             interval = self._interval_at(start)
-            timesteps, plan = self.plans[interval]
+            timesteps, plan = self.network.training_plans(self.step)[interval]
             bounds = (torch.full((), b, dtype=torch.int64, device=self.device) for b in (timesteps.start, timesteps.stop))
             positions = torch.arange(start, start + self.share, device=self.device)
             batch = Batch(latents, labels, positions, Timesteps(*bounds), plan)
@@ -229,12 +233,12 @@ class Trainer:
                 loss, parts = self.step_module(batch, number)
                 self.accelerator.backward(loss)
             self.losses.add(parts, interval, 1 / accumulation)
-        norm, finite = update(self.network, self.optimizer, self.ema, self.settings.gradient_clip, self.step, self.accelerator)
-        self.losses.end_step(finite)
+        outcome = update(self.network, self.optimizer, self.ema, self.settings, self.step, self.accelerator)
+        self.losses.end_step(outcome.finite)
         self.step += 1
-        for step, verdict in self._verdicts.put(self.step, self._verdict(finite, torch.stack(sound).all())):
+        for step, verdict in self._verdicts.put(self.step, self._verdict(outcome, torch.stack(sound).all())):
             self._judge(step, *verdict)
-        return norm
+        return outcome.norm
 
     def settle(self) -> None:
         """Waits for the verdicts on all steps so far. InputError where one of them ends the run."""
@@ -258,24 +262,26 @@ class Trainer:
 
     def _interval_at(self, position: int) -> int:
         """The interval of `self.plans` from which the group of a position draws its timesteps at this step."""
-        if len(self.plans) == 1:
+        if len(self.intervals) == 1:
             return 0
         group = group_of(position, self.settings.global_batch_size, self.groups)
         timestep = group_timestep(self.settings.seed, self.step, group, self.groups)
-        return interval_of([timesteps for timesteps, _ in self.plans], timestep)
+        return interval_of(self.intervals, timestep)
 
-    def _verdict(self, finite: Tensor, sound: Tensor) -> Tensor:
-        """What the host must know of a step, all processes together: how many had gradients that were not finite, data that
-        were not, a signal to stop; and the gradient scaler's scale. -> (4,) float32
+    def _verdict(self, outcome: Outcome, sound: Tensor) -> Tensor:
+        """What the host must know of a step, all processes together: how many had gradients that were not finite, too large
+        ones, data that were not finite, a signal to stop; and the gradient scaler's scale. -> (5,) float32
         """
         stopped = torch.full((), float(bool(self._signals)), device=self.device)
-        counts = self.accelerator.reduce(torch.stack(((~finite).float(), (~sound).float(), stopped)), reduction="sum")
+        found = torch.stack(((~outcome.finite).float(), outcome.large.float(), (~sound).float(), stopped))
+        counts = self.accelerator.reduce(found, reduction="sum")
         one, scaler = torch.ones((1,), device=self.device), self.accelerator.scaler
         return torch.cat((counts, one if scaler is None else scaler.scale(one)))
 
-    def _judge(self, step: int, not_finite: float, unsound: float, stopped: float, scale: float) -> None:
+    def _judge(self, step: int, not_finite: float, large: float, unsound: float, stopped: float, scale: float) -> None:
         """Counts a step in or as skipped. InputError where its data are broken or too many in a row were not finite."""
         self._leaving = self._leaving or stopped > 0
+        self.large_steps += large > 0
         if not not_finite:
             self._skipped_in_a_row = 0
             return
@@ -315,6 +321,8 @@ class Trainer:
             "memory_gib": memory_gib(),
             "skipped_steps": self.skipped_steps,
         }
+        if self.settings.skip_gradient_norm is not None:
+            values["large_gradient_steps"] = self.large_steps
         self._start_measuring()
         return values
 
@@ -340,6 +348,7 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.step * self.settings.global_batch_size,
             "skipped_steps": self.skipped_steps,
+            "large_gradient_steps": self.large_steps,
             "scaler": scaler.state_dict() if scaler else None,
             "settings": to_mapping(self.settings),
         }
@@ -374,6 +383,7 @@ class Trainer:
         if self.accelerator.scaler is not None and header["scaler"]:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         self.step, self.skipped_steps = header["step"], header["skipped_steps"]
+        self.large_steps = header.get("large_gradient_steps", 0)  # older checkpoints could not skip them
         if path.parent == checkpoint_path(self.run_folder, self.step).parent:
             self._saved_step = self.step
 
