@@ -1,5 +1,7 @@
 # `make demo` and `make test` set up what they need; nothing but Python 3.10+ and make is expected.
+# `make demo METHOD=dydit` demonstrates another method.
 PYTHON ?= python3
+METHOD ?= sparsedit
 BIN := .venv/bin
 
 .PHONY: setup demo test lint gpu-test clean
@@ -14,7 +16,7 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(BIN)/python demo.py --fresh
+	$(BIN)/python demo.py --fresh --method $(METHOD)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
   sample      guided sampling: dense as published scripts run it, against the method with our execution
   train       training steps: a plain loop as published scripts write it, against ours
   forward     one forward pass, the method against the dense network
+  waits       what choosing tokens costs, for which the host waits once a block
   attention   attention kernels at the shapes of a network
   data        features read per second, one array against one file per picture
   eval        the evaluator's distance, neighbours and network, each beside what one would write without it
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import attention, compare, data_loading, density, evaluation, forward, packing, sampling, training
+from benchmarks import attention, compare, data_loading, density, evaluation, forward, packing, sampling, training, waits
 from benchmarks.devices import choose_device
 from benchmarks.options import CommonSettings, settings_of
 from benchmarks.result import headed, store
@@ -44,6 +45,7 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "sample": Measurement(sampling.SampleSettings, sampling, sampling.QUICK_CPU, sampling.QUICK_GPU),
     "train": Measurement(training.TrainSettings, training, training.QUICK_CPU, training.QUICK_GPU),
     "forward": Measurement(forward.ForwardSettings, forward, forward.QUICK_CPU, forward.QUICK_GPU),
+    "waits": Measurement(waits.WaitSettings, waits, waits.QUICK_CPU, waits.QUICK_GPU),
     "attention": Measurement(attention.AttentionSettings, attention, attention.QUICK_CPU, attention.QUICK_GPU),
     "data": Measurement(data_loading.DataSettings, data_loading, data_loading.QUICK, data_loading.QUICK),
     "eval": Measurement(evaluation.EvaluationSettings, evaluation, evaluation.QUICK, evaluation.QUICK),

@@ -22,6 +22,7 @@ from runtime.execution import Executor, resolve_execution
 from runtime.files import atomic_write, check_new_file
 from runtime.sampling import CheckpointSettings, choose_checkpoint, open_checkpoint, picture_grid, sample_latents
 from runtime.startup import FirstPictures
+from runtime.work_report import work_lines
 
 IMAGENET_EXAMPLES = (207, 360, 387, 974, 88, 979, 417, 279)
 """The classes of DiT's well-known grid: what a network of 1000 classes shows when none are named."""
@@ -68,6 +69,8 @@ def sample(settings: GridSettings) -> None:
         if start == 0:
             print(first.line(), flush=True)
     grid = picture_grid(torch.cat(pictures), settings.columns)
+    if network.work is not None:
+        print("\n".join(work_lines(network, network.work)), flush=True)
     with atomic_write(settings.output) as temporary:
         Image.fromarray(grid.numpy()).save(temporary, format="png")
     shown = ", ".join(f"{label} {names[label]}" if names else str(label) for label in chosen)

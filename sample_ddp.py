@@ -27,6 +27,7 @@ from tqdm import tqdm
 from data.latents import Codec, CodecSpec, load_codec
 from diffusion.schedule import respaced_timesteps
 from models import DiT
+from models.work import Work
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
 from runtime.decoding import make_decoder, resolve_overlap
 from runtime.density_report import record_density
@@ -48,10 +49,13 @@ from runtime.sampling import (
     sampling_cost,
 )
 from runtime.startup import FirstPictures
+from runtime.work_report import gather_work, read_work, record_work, save_work, work_lines, work_record
 
 PROTOCOL = "protocol.json"
-CIRCUMSTANCES = ("device", "versions", "count", "gmacs_per_pass", "passes_per_picture", "execution")
+CIRCUMSTANCES = ("device", "versions", "count", "gmacs_per_pass", "measured", "passes_per_picture", "execution")
 """Entries of a protocol record that may differ within one set."""
+WORK = "work.npz"
+"""What was counted while the pictures beside it were sampled."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,15 @@ def sample(settings: SampleSettings) -> None:
     network = checkpoint.network
     executor = Executor(network, execution)
     target = Path(settings.sample_dir, settings.sample_name or sample_name(settings, checkpoint))
-    held = None
+    held, record, counted = None, dict[str, Any](), network.work
     if state.is_main_process:
         check_writable(target, "--sample-dir")
         check_new_file(f"{target}.npz", "--sample-dir")
         held = lock(target, f"{target} is being filled by another process; wait for it, or give another --sample-name.")
-        begin(target, protocol(settings, checkpoint, spec, execution), network)
+        if counted is not None:
+            counted = read_work(target / WORK, network.backbone.depth)
+        record = protocol(settings, checkpoint, spec, execution) | costs(network, settings, counted)
+        begin(target, record, network)
         print("\n".join((*checkpoint.lines(settings), *execution.lines())))
         if network.plan_varies:
             record_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
@@ -101,12 +108,16 @@ def sample(settings: SampleSettings) -> None:
         )
     state.wait_for_everyone()
     sample_blocks(settings, executor, codec, target, state)
+    added = gather_work(network)  # waits for everyone
     state.wait_for_everyone()
     if state.is_main_process:
         packed = Path(f"{target}.npz")
         index = torch.arange(settings.num_fid_samples)
         labels = draw_labels(settings.labels, network.backbone.num_classes, settings.seed, index).numpy()
         pack_pictures(target, settings.num_fid_samples, (checkpoint.image_size,) * 2, packed, labels)
+        if counted is not None and added is not None:
+            counted.add(added)
+            report_work(network, counted, target, record | costs(network, settings, counted))
         print(f"{packed}: arr_0 ({settings.num_fid_samples}, {checkpoint.image_size}, {checkpoint.image_size}, 3) uint8, "
               f"arr_1 the labels; protocol in {target}.json")  # fmt: skip
     if held:
@@ -184,7 +195,6 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
             "trained": checkpoint.trained_density,
             "note": checkpoint.density_note,
         },
-        "gmacs_per_pass": mean_gmacs(network, respaced_timesteps(settings.num_sampling_steps)),
         "passes_per_picture": sampling_cost(network, settings).passes,
         "image_size": checkpoint.image_size,
         "num_classes": network.backbone.num_classes,
@@ -214,6 +224,27 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
     }
 
 
+def costs(network: DiT, settings: SampleSettings, counted: Work | None) -> dict[str, Any]:
+    """What a pass cost, for the protocol record: as plans say, or where they cannot, the mean of what was `counted`.
+
+    Passes are those of whole blocks, the padded places of the last one among them, in runs that came to their end. null:
+    no run has come to its end yet.
+    """
+    if counted is None:
+        return {"gmacs_per_pass": mean_gmacs(network, respaced_timesteps(settings.num_sampling_steps))}
+    measured = work_record(network, counted) if counted.passes else None
+    return {"gmacs_per_pass": measured and measured["gmacs_per_pass"], "measured": measured}
+
+
+def report_work(network: DiT, counted: Work, target: Path, record: Mapping[str, Any]) -> None:
+    """Prints, keeps, draws and records what all runs that filled the set have counted."""
+    print("\n".join(work_lines(network, counted)))
+    save_work(counted, target / WORK)
+    record_work(network, counted, Path(f"{target}.kept.png"))
+    write_json(target / PROTOCOL, record)
+    write_json(Path(f"{target}.json"), record)
+
+
 def hash_of(path: str) -> str | None:
     """SHA-256 of a checkpoint file; None for folders and hub ids, whose versions the hub names."""
     return sha256(path) if Path(path).is_file() else None
@@ -221,7 +252,8 @@ def hash_of(path: str) -> str | None:
 
 def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
     """Writes the protocol record, or checks that the pictures already there were made by the same protocol."""
-    for folder, name in ((target, ""), *((target.parent, f"{target.name}.{kind}.") for kind in ("npz", "density.png"))):
+    beside = ("npz", "density.png", "kept.png")
+    for folder, name in ((target, ""), *((target.parent, f"{target.name}.{kind}.") for kind in beside)):
         for leftover in folder.glob(f".{name}*.partial"):
             leftover.unlink()  # what a killed process left half written
     existing = target / PROTOCOL

@@ -61,6 +61,7 @@ from runtime.sampling import SamplingSettings, picture_grid, sample_latents
 from runtime.seeding import Keys, integers
 from runtime.settings import TrainingSettings, parse_training
 from runtime.training import Trainer
+from runtime.work_report import flops_ratio, probe, record_work
 
 
 class TrainingData:
@@ -184,7 +185,8 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         prepared = replace(prepared, state=None)  # gigabytes, times the processes of a machine
     grid = grid_maker(settings, codec, accelerator.device, run) if codec else None
     data = TrainingData(features, settings.seed, settings.global_batch_size)
-    trainer = Trainer(settings, accelerator, network, prepared.objective, data, run, prepared.header, grid)
+    meter = work_meter(accelerator.device, run) if network.work else None
+    trainer = Trainer(settings, accelerator, network, prepared.objective, data, run, prepared.header, grid, meter)
     if prepared.resume:
         trainer.restore(prepared.resume)
     steps = accelerator.gather(torch.tensor([trainer.step], device=accelerator.device)).tolist()
@@ -214,6 +216,7 @@ def opening_lines(prepared: Prepared, network: DiT, trainer: Trainer, execution:
     settings, accelerator = prepared.settings, trainer.accelerator
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     yield summary(network, settings.model)
+    yield from network.training_lines()
     yield from density_lines(network, settings.model, SamplingSettings().num_sampling_steps)
     yield prepared.features.describe()
     yield (
@@ -288,6 +291,17 @@ def grid_maker(settings: TrainingSettings, codec: Codec, device: torch.device, r
     return make
 
 
+def work_meter(device: torch.device, run: Path) -> Callable[[DiT], Mapping[str, float]]:
+    """A function that samples a little from the averaged network, draws what that computed, and says which share it was."""
+
+    def measure(network: DiT) -> Mapping[str, float]:
+        work = probe(network, device)
+        record_work(network, work, run / "kept.png")
+        return {"flops_ratio/sampled": flops_ratio(network, work)}
+
+    return measure
+
+
 def export(arguments: list[str]) -> None:
     """`train.py export CHECKPOINT OUTPUT`: the averaged weights alone, under our names or a released layout's."""
     parser = ArgumentParser("Writes the weights of a training checkpoint, without optimizer state.", "train.py export")
@@ -338,7 +352,8 @@ def plan(arguments: list[str]) -> None:
         raise InputError(f"--output: --method {settings.method} has no token density to draw; leave the flag out.")
     if chosen.output:
         check_new_file(chosen.output, "--output")
-    print("\n".join((summary(network, settings.model), *density_lines(network, settings.model, steps))))
+    costs = *network.training_lines(), *density_lines(network, settings.model, steps)
+    print("\n".join((summary(network, settings.model), *costs)))
     if chosen.output:
         draw_density(network, Path(chosen.output), steps)
 

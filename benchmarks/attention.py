@@ -80,6 +80,8 @@ def measure(settings: AttentionSettings) -> dict[str, Any]:
     known = recorded(settings, device=device.type, repeats=repeats)
     notes = [f"{kernel}: no row for {count} of the shapes and paddings, which this device has no such kernel for"
              for kernel, count in missing.items()]  # fmt: skip
+    notes += [f"{settings.method} with all heads on; its steps run as many of them as their plans say"
+              for network in settings.blueprints() if network.work is not None]  # fmt: skip
     return {"settings": known, "rows": rows, "ceiling": ceiling, "notes": notes}
 
 

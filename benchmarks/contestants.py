@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from diffusion.guidance import Predict
 from models import DiT
@@ -21,6 +22,13 @@ PLAIN, OURS = "plain", "ours"
 NOTHING_TO_COMPARE = (
     "What is asked for is the plain execution, so there are no rows of ours; ask with --precision bf16 or --compile default."
 )
+
+
+Seen = tuple[Tensor, Tensor, Tensor]
+"""Latents (N, C, H, W), timesteps (N,) and labels (N,) that a measurement shows a network."""
+
+
+NOT_RECORDED = "sizes of {} depend on what it sees, so its rows are without CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -55,15 +63,25 @@ def is_plain(execution: Execution) -> bool:
     return replace(execution, note=None) == plain_execution(execution.device)
 
 
-def contestants(blueprints: tuple[DiT, DiT], execution: Execution) -> dict[str, Contestant]:
+def execution_notes(blueprints: tuple[DiT, DiT], execution: Execution) -> list[str]:
+    """Where rows are not what `execution` lets expect."""
+    changing = [method_name(one) for one in blueprints if one.work is not None]
+    recorded = [NOT_RECORDED.format(name) for name in changing if execution.cuda_graphs]
+    return [*recorded, *([NOTHING_TO_COMPARE] if is_plain(execution) else [])]
+
+
+def contestants(blueprints: tuple[DiT, DiT], execution: Execution, seen: Callable[[DiT], Seen]) -> dict[str, Contestant]:
     """ "METHOD, plain" for both networks, the dense one first, and "METHOD, ours" where `execution` is another than the plain.
 
-    A method that is the dense one competes once.
+    A method that is the dense one competes once. Where a network's work depends on what it sees, its decisions fall on what
+    `seen` finds that it will see as often as training would make them.
     """
     device, plain = execution.device, plain_execution(execution.device)
     found: dict[str, Contestant] = {}
     for blueprint in {method_name(one): one for one in blueprints}.values():
         name, network = method_name(blueprint), random_network(blueprint, device)
+        if network.work is not None:
+            network.imitate_training(*seen(network))
         found[f"{name}, {PLAIN}"] = Contestant(network, partial(plain_forward, network), plain.precision)
         if not is_plain(execution):
             own = copy.deepcopy(network)  # an executor converts its network's weights in place

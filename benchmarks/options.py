@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from models import METHODS, Backbone, DiT, method_class
-from runtime.config import InputError, from_mapping, option, to_mapping
+from runtime.config import InputError, checked_values, from_mapping, option, to_mapping
 from runtime.networks import blueprint
 from runtime.sampling import MOST_AT_ONCE
 
@@ -34,6 +34,9 @@ class NetworkSettings(CommonSettings):
     model: str = option("DiT-XL/2", "backbone, as train.py --model")
     method: str = option("sparsedit", f"compared with the dense network: {', '.join(METHODS)}")
     density: str | None = option(None, "its sparse tokens, as train.py --density; none: the method's default")
+    options: str | None = option(
+        None, "its other options, as train.py has them: KEY=VALUE, several with spaces between, quoted"
+    )
     image_size: int = option(512, "picture side; latents are 4 x SIDE/8 x SIDE/8")
     latent: tuple[int, int, int] | None = option(
         None, "size of the latents in place of --image-size, for other codecs", words=("C", "H", "W")
@@ -54,11 +57,20 @@ class NetworkSettings(CommonSettings):
         """The dense network and the method's, without storage. InputError where they cannot be."""
         channels, height, width = self.latent_shape
         backbone = Backbone.named(self.model, (height, width), channels, self.num_classes)
-        known = {field.name for field in fields(method_class(self.method).options_type)}
-        if self.density is not None and "density" not in known:
+        return blueprint(DENSE, backbone, {}), blueprint(self.method, backbone, self.method_options())
+
+    def method_options(self) -> dict[str, Any]:
+        """Those of --density and --options. InputError where the method does not have them."""
+        kind = method_class(self.method).options_type
+        if self.density is not None and "density" not in {field.name for field in fields(kind)}:
             raise InputError(f"--density: --method {self.method} has none; leave the flag out, or give another method.")
-        options = {} if self.density is None else {"density": self.density}
-        return blueprint(DENSE, backbone, {}), blueprint(self.method, backbone, options)
+        pairs = [word.partition("=") for word in (self.options or "").split()]
+        if any(not (key and equals and value) for key, equals, value in pairs):
+            raise InputError(f"--options {self.options!r} is not KEY=VALUE; write for example --options 'flops_target=0.7'.")
+        given = [*([] if self.density is None else [("density", self.density)]), *((key, value) for key, _, value in pairs)]
+        if twice := sorted({key for key, _ in given if [key for key, _ in given].count(key) > 1}):
+            raise InputError(f"--options: {twice[0]} is given twice; keep one of the two.")
+        return checked_values(kind, dict(given), f"--options of --method {self.method}")
 
 
 Settings = TypeVar("Settings", bound=CommonSettings)

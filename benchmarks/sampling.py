@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.ceiling import ceilings
-from benchmarks.contestants import NOTHING_TO_COMPARE, OURS, PLAIN, Contestant, contestants, is_plain, with_numerics
+from benchmarks.contestants import OURS, PLAIN, Contestant, Seen, contestants, execution_notes, with_numerics
+from benchmarks.counted import CountedRun, counted
 from benchmarks.devices import choose_device
 from benchmarks.memory import weights_gib
 from benchmarks.options import DENSE, DeviceSettings, NetworkSettings, recorded
@@ -30,7 +32,7 @@ from runtime.decoding import make_decoder
 from runtime.execution import Execution, ExecutionSettings, resolve_execution
 from runtime.logs import say
 from runtime.networks import summary
-from runtime.sampling import SamplingSettings, sample_latents, sampling_cost
+from runtime.sampling import SamplingSettings, plain_forward, sample_latents, sampling_cost
 
 BATCHES, TIMED_STEPS = {"cpu": 1}, {"cpu": 4}
 GPU_BATCH, GPU_TIMED_STEPS = 32, 25
@@ -65,29 +67,31 @@ def measure(settings: SampleSettings) -> dict[str, Any]:
     spec, blueprints = codec_of(settings, timed), settings.blueprints()
     for line in execution.lines():
         say(line)
-    competing = contestants(blueprints, execution)
     sampling = SamplingSettings(cfg_scale=settings.cfg_scale, num_sampling_steps=str(timed))
+    competing = contestants(blueprints, execution, lambda network: inputs(network, sampling, device))
     batch = settings.batch_size or BATCHES.get(device.type, GPU_BATCH)
     if device.type == "cuda":
         first, one_step = next(iter(competing.values())), replace(sampling, num_sampling_steps="1")
         batch = fitting_batch(lambda size: run_of(first, one_step, size, device)(), batch)
-    runs, works = {}, {}
+    runs, works = dict[str, CountedRun](), {}
     for name, contestant, where in entries(competing, settings.method, settings.guidance_interval):
         chosen = replace(sampling, guidance_interval=where)
-        runs[name] = run_of(contestant, chosen, batch, device)
+        runs[name] = CountedRun.of(contestant.network, run_of(contestant, chosen, batch, device))
         works[name] = work_of(contestant, chosen, batch, settings.steps)
-    decoded = {}
+    decoded: list[str] = []
     if spec is not None:
         name, contestant = best(competing, settings.method)
-        decoded = decoding_runs(contestant, sampling, batch, load_codec(spec, device), execution)
-        works |= {f"{name}, {how}": work_of(contestant, sampling, batch, settings.steps) for how in decoded}
-        decoded = {f"{name}, {how}": run for how, run in decoded.items()}
+        for how, run in decoding_runs(contestant, sampling, batch, load_codec(spec, device), execution).items():
+            decoded.append(f"{name}, {how}")
+            runs[decoded[-1]] = CountedRun.of(contestant.network, run)
+            works[decoded[-1]] = work_of(contestant, sampling, batch, settings.steps)
     precisions = [contestant.precision for contestant in competing.values()]
     ceiling = ceilings(device, precisions)
-    timings = interleaved({**runs, **decoded}, settings.rounds, device)
+    timings = interleaved(runs, settings.rounds, device)
     ceiling = ceilings(device, precisions, ceiling)
+    works = {name: runs[name].measured(work) for name, work in works.items()}
     timings |= {name: timings[name].part(BLOCKS) for name in decoded}
-    notes = [NOTHING_TO_COMPARE] if is_plain(execution) else []
+    notes = execution_notes(blueprints, execution)
     notes += [DECODED] if decoded else []
     return {
         "settings": recorded(settings, device=device.type, batch_size=batch, timed_steps=timed, execution=str(execution)),
@@ -95,6 +99,7 @@ def measure(settings: SampleSettings) -> dict[str, Any]:
         "rows": rows_of(timings, works, f"{DENSE}, {PLAIN}", ceiling),
         "ceiling": ceiling,
         "notes": notes + interval_notes(settings, blueprints[1], timed),
+        **counted(runs),
     }
 
 
@@ -119,6 +124,21 @@ def codec_of(settings: SampleSettings, timed: int) -> CodecSpec | None:
         raise InputError(f"--vae {settings.vae} decodes latents of {spec.latent_shape(settings.image_size)} to pictures of "
                          f"{settings.image_size}, and these are {made}; give --latent or --image-size to fit.")  # fmt: skip
     return spec
+
+
+@torch.no_grad()
+def inputs(network: DiT, sampling: SamplingSettings, device: torch.device) -> Seen:
+    """What a network sees where a picture is sampled: with drawn weights that is no noise for long."""
+    seen: list[Seen] = []
+
+    def watched(x: Tensor, t: Tensor, y: Tensor, plan: Any, index: Tensor | None) -> Tensor:
+        seen.append((x, t.expand(len(x)), y if index is None else y[index]))
+        return plain_forward(network, x, t, y, plan, index)
+
+    one = torch.arange(1)
+    sample_latents(network, sampling, one, one, 0, device, watched)
+    latents, timesteps, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return latents, timesteps, labels
 
 
 def work_of(contestant: Contestant, sampling: SamplingSettings, batch: int, steps: int) -> Work:
@@ -222,6 +242,7 @@ def show(result: Mapping[str, Any]) -> str:
         *heading(result),
         *result["networks"],
         *table(result["rows"]),
+        *result["counted_lines"],
         *result["notes"],
         "plain: float32 weights (TF32 products on a GPU), eager, as published scripts run; speed is against dense, plain",
     ]

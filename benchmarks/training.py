@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceiling import ceilings
 from benchmarks.contestants import OURS, PLAIN, random_network, with_numerics
@@ -28,12 +29,13 @@ from benchmarks.timing import interleaved
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule, Timesteps
 from models import DiT
+from models.token_density import TIMESTEPS
 from runtime.compilation import training_execution
 from runtime.config import option
 from runtime.density_groups import group_timestep, interval_of
 from runtime.distributed import make_accelerator
 from runtime.logs import say
-from runtime.networks import mean_gmacs, summary
+from runtime.networks import build, summary
 from runtime.seeding import Keys, integers, normal
 from runtime.settings import TrainingSettings
 from runtime.training import Batch, Trainer, TrainingStep
@@ -227,8 +229,23 @@ def rounds_of(optimize: Callable[[], object], take: Callable[[], float], steps: 
 def work_of(network: nn.Module, images: int, steps: int, precision: str) -> Work:
     """A round's work. Beside the weights stand their average and AdamW's two moments; the gradients come and go in a step."""
     assert isinstance(network, DiT)
-    gmacs = FORWARD_AND_BACKWARD * mean_gmacs(network)
+    gmacs = FORWARD_AND_BACKWARD * training_gmacs(network)
     return Work(images, steps, gmacs, images * gmacs, precision, 4 * weights_gib(network))
+
+
+@torch.no_grad()
+def training_gmacs(network: DiT) -> float:
+    """Billions of multiply-accumulates of one picture on its way forward in the first step, the mean over timesteps."""
+    with torch.device("meta"):
+        meta, backbone = build(network), network.backbone
+        x, t, y = torch.zeros(1, backbone.in_channels, *backbone.latent_size), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    draws = {name: values.to("meta") for name, values in network.draw(Keys(0, 0, torch.arange(1))).items()}
+    macs = 0.0
+    for timesteps, plan in meta.training_plans():
+        with FlopCounterMode(display=False) as counter:
+            meta.training_forward(x, t, y, plan, draws)
+        macs += len(timesteps) / TIMESTEPS * counter.get_total_flops() / 2
+    return macs / 1e9
 
 
 def largest_difference(ours: list[float], plain: list[float]) -> float:

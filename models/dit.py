@@ -196,12 +196,16 @@ class DiT(nn.Module):
         """The training steps from which on `training_plans` has other plans, ascending, the first 0."""
         return [0]
 
+    def training_lines(self) -> list[str]:
+        """What is said before a training of its own terms, beside the cost of a pass."""
+        return []
+
     def draw(self, keys: Keys) -> dict[str, Tensor]:
         """Everything random in one training pass: here, which labels become the null class. label_drop: (N,) bool"""
         return {"label_drop": uniform(keys, "label drop") < self.backbone.label_drop}
 
     def training_forward(
-        self, x: Tensor, t: Tensor, y: Tensor, plan: Plan | None, draws: Draws
+        self, x: Tensor, t: Tensor, y: Tensor, plan: Plan, draws: Draws
     ) -> tuple[dict[str, tuple[Tensor, float]], dict[str, Tensor]]:
         """Outputs to which the objective applies, each with its weight, "denoising" first; and features for `extra_losses`."""
         output, features = self.predict(x, t, y, plan, draws)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.dit import Backbone, DiT, Draws
 from models.dynamic_block import DynamicBlock, Masks, decide
 from models.layers import Condition, ModulatedBlock, Plan
+from models.slices import Snapshot
 from models.token_density import TIMESTEPS
 from models.weights import DenseRules, Rows
 from models.work import Work
@@ -62,7 +63,7 @@ class DyDiT(DiT):
         super().__init__(backbone, options)
         everything = tuple(range(backbone.num_heads))
         self.everything = Plan(("sliced",), selection=((everything, everything),) * backbone.depth)
-        self._planned: tuple[object, list[Plan]] = (None, [])
+        self._planned = Snapshot(()), list[Plan]()
         self.work = Work(backbone.depth)
 
     @classmethod
@@ -99,16 +100,18 @@ class DyDiT(DiT):
         """What is on at timestep t by the routers' weights of this moment; on the meta device, without weights, everything."""
         if self.pos_embed.is_meta:
             return replace(self.everything, timestep=t)
-        routers = [router for block in self.blocks for router in (block.attn_rate.router, block.mlp_rate.router)]
-        parameters = [*self.t_embedder.parameters(), *(one for router in routers for one in router.parameters())]
-        state = [(id(one), one._version) for one in parameters]
-        if state != self._planned[0]:
-            self._planned = state, self._plans(routers)
-        return self._planned[1][t]
-
-    def _plans(self, routers: Sequence[nn.Module]) -> list[Plan]:
-        """The plans of all timesteps, in float64 on the CPU: the same wherever and in whatever precision the network runs."""
         first, _, second = self.t_embedder.mlp
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        routers = [router for block in self.blocks for router in (block.attn_rate.router, block.mlp_rate.router)]
+        weights = [weight for layer in (first, second, *routers) for weight in (layer.weight, layer.bias)]
+        snapshot, plans = self._planned
+        if not snapshot.holds(weights):
+            self._planned = Snapshot(weights), (plans := self._plans(first, second, routers))
+        return plans[t]
+
+    def _plans(self, first: nn.Linear, second: nn.Linear, routers: Sequence[nn.Linear]) -> list[Plan]:
+        """The plans of all timesteps, in float64 on the CPU: the same wherever and in whatever precision the network runs."""
         embedded = F.silu(exact(first, self.t_embedder.sinusoids(torch.arange(TIMESTEPS)).double()))  # (1000, D)
         embedded = exact(second, embedded)  # (1000, D)
         always = torch.ones(TIMESTEPS, 1, dtype=torch.bool)
@@ -126,6 +129,18 @@ class DyDiT(DiT):
 
     def training_stages(self) -> Sequence[int]:
         return [0] if self.options.complete_steps in (0, None) else [0, self.options.complete_steps]
+
+    def training_lines(self) -> list[str]:
+        target, warmup, complete = astuple(self.options)
+        whole = self._width_macs(self.everything) / 1e9
+        when = f"reached at step {warmup:,}" if warmup else "from the first step"
+        lines = [
+            f"target {target:g} of attention and MLP, {when}: {target * whole:.4g} of {whole:.4g} GMACs per image and pass"
+        ]
+        if complete != 0:
+            until = "throughout" if complete is None else f"until step {complete:,}"
+            lines.append(f"two passes a training step {until}: the second one has everything on")
+        return lines
 
     # Passes ----------------------------------------------------------------------------------------------------------
 
@@ -177,7 +192,7 @@ class DyDiT(DiT):
         return drawn
 
     def training_forward(
-        self, x: Tensor, t: Tensor, y: Tensor, plan: Plan | None, draws: Draws
+        self, x: Tensor, t: Tensor, y: Tensor, plan: Plan, draws: Draws
     ) -> tuple[dict[str, tuple[Tensor, float]], dict[str, Tensor]]:
         """The dynamic pass, and where the plan says so the complete one, of the same noised latents with its own label drop."""
         outputs, features = super().training_forward(x, t, y, plan, draws)
@@ -214,7 +229,7 @@ class DyDiT(DiT):
     def target_at(self, step: int | Tensor) -> float | Tensor:
         """The target ratio of a training step, counted from 0: linear from 1 over the warm-up, and 1 itself at first."""
         warmup, number = self.options.target_warmup, torch.as_tensor(step)
-        ramp = 1 - (1 - self.options.flops_target) * (number / max(1, warmup)).clamp(max=1)
+        ramp = 1 - (1 - self.options.flops_target) * ((number + (not warmup)) / max(1, warmup)).clamp(max=1)
         return torch.where(number < min(HELD_STEPS, warmup), torch.ones_like(ramp), ramp)
 
     def block_macs(self, plan: Plan) -> int:
@@ -288,8 +303,7 @@ def flops_ratio(heads: Tensor, channels: Tensor, tokens: Tensor, attention: floa
     return on.mean(1) / (attention + mlp)
 
 
-def exact(layer: nn.Module, x: Tensor) -> Tensor:
+def exact(layer: nn.Linear, x: Tensor) -> Tensor:
     """A Linear in float64 on the CPU, whatever its weights are laid out for. x (..., inputs) -> (..., outputs)"""
-    assert isinstance(layer, nn.Linear)
     weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
     return F.linear(x, weight.detach().cpu().double(), layer.bias.detach().cpu().double())

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 MOST_SLICES = 4
 """Slices that one Linear keeps. Sets change slowly over the timesteps: most are asked for many steps in a row."""
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# A fused optimizer writes to weights past the counters of their versions.
+register_optimizer_step_post_hook(_count_step)
+
+
+class Snapshot:
+    """Tells later whether tensors are what they were: the same objects, where they were, and not written to since.
+
+    As autograd's checks, it does not see what is written in place through `.data`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)  # held: another tensor must not take the place of one that is gone
+        self._state = self._now()
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        same = len(tensors) == len(self._tensors) and all(map(lambda one, was: one is was, tensors, self._tensors))
+        return same and self._now() == self._state
+
+    def _now(self) -> list[Any]:
+        # One that is packed lies nowhere that torch tells, and nobody moves it.
+        places = (0 if one.is_mkldnn else one.data_ptr() for one in self._tensors)
+        state = ((one._version, place, one.dtype, one.device) for one, place in zip(self._tensors, places, strict=True))
+        return [_optimizer_steps, *state]
 
 
 class Slice(NamedTuple):
@@ -32,15 +66,16 @@ class SliceableLinear(nn.Linear):
         self.groups, self.along, self.parts = groups, along, parts
         self.lay_out: Callable[[Slice], Slice] | None = None
         """What the execution makes of every slice."""
-        self._slices: dict[tuple[int, ...], Slice] = {}
-        self._source = self._now()
+        self._slices: dict[Any, Slice] = {}
+        self._source = Snapshot(())
 
     def slice(self, active: tuple[int, ...]) -> Slice:
         """The part of the groups `active`, ascending. It computes no gradient."""
-        if (now := self._now()) != self._source:
-            self._slices, self._source = {}, now
-        found = self._slices.pop(active, None) or self._cut(active)
-        self._slices[active] = found  # last: the most recently used
+        if not self._source.holds((self.weight, self.bias)):
+            self._slices, self._source = {}, Snapshot((self.weight, self.bias))
+        key = active, self.lay_out
+        found = self._slices.pop(key, None) or self._cut(active)
+        self._slices[key] = found  # last: the most recently used
         if len(self._slices) > MOST_SLICES:
             del self._slices[next(iter(self._slices))]
         return found
@@ -48,11 +83,6 @@ class SliceableLinear(nn.Linear):
     def macs(self, groups: int, positions: int) -> int:
         """Multiply-accumulates of so many groups at `positions` places."""
         return positions * self.weight.numel() // self.groups * groups
-
-    def _now(self) -> tuple[object, ...]:
-        """What slices were cut from, to be compared: the parameters, how often each was written to, where they lie."""
-        state = ((id(one), one._version, one.data_ptr(), one.dtype, one.device) for one in (self.weight, self.bias))
-        return self.lay_out, *state
 
     def _cut(self, active: tuple[int, ...]) -> Slice:
         weight, bias, dimension = self.weight.detach(), self.bias.detach(), 0 if self.along == "outputs" else 1

@@ -143,7 +143,7 @@ def identify(shapes: Shapes, methods: Mapping[str, type[DiT]]) -> tuple[str, str
         if recognized:
             return name, *recognized
     raise InputError(f"the checkpoint's keys ({_listed(list(shapes))}) are those of no known DiT layout; give the weights of a "
-                     "DiT, SparseDiT or diffusers DiT, or one of our checkpoints.")  # fmt: skip
+                     "DiT, SparseDiT, DyDiT or diffusers DiT, or one of our checkpoints.")  # fmt: skip
 
 
 def export(network: DiT, layout: str) -> dict[str, Tensor]:

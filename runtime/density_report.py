@@ -14,9 +14,8 @@ from typing import NamedTuple
 from diffusion.schedule import respaced_timesteps
 from models import DiT
 from models.token_density import TIMESTEPS, TokenDensity
-from runtime.config import InputError
-from runtime.files import atomic_write
 from runtime.networks import dense_blueprint, mean_gmacs
+from runtime.plots import new_canvas, save_canvas, try_to_draw
 
 
 class Published(NamedTuple):
@@ -57,7 +56,7 @@ def density_lines(network: DiT, model: str, steps: str) -> list[str]:
         tokens = _tokens(density)[0]
         return [f"token density {density}: {_shown(density)[0]} = {tokens} of {full} tokens, r {_rate(tokens, full)}, "
                 "at every timestep"]  # fmt: skip
-    digits = _decimals(network)
+    digits = _decimals(mean_gmacs(network))
     lines = [f"token density {density}"]
     lines.append(f"  {'timesteps':<10}{'grid':>8}{f'tokens of {full}':>16}{'pruned r':>10}{'GMACs':>10}")
     rows = zip(density.intervals, _shown(density), _tokens(density), _gmacs(network, density), strict=True)
@@ -96,22 +95,16 @@ def published_row(network: DiT, model: str) -> Published | None:
 def draw_density(network: DiT, path: Path, steps: str) -> None:
     """Sparse tokens and GMACs over the timesteps as a PNG. Equal content makes equal bytes; no file where there is no density.
 
-    Noise grows to the right. It imports matplotlib, which takes a second: one process of a run should draw.
+    Noise grows to the right.
     """
     density = network.density
     if density is None:
         return
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(f"{path} needs matplotlib, which cannot be imported; run `pip install -e .` again.") from None
+    canvas = new_canvas(path, 8, 4.5)
     sampled = respaced_timesteps(steps)
     mean, dense = mean_gmacs(network, sampled), mean_gmacs(dense_blueprint(network))
     edges, full = [*density.starts, TIMESTEPS], network.backbone.tokens
-    # Without pyplot there is no state that other code in the process could see, and no display is asked for.
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = canvas.figure
     left = figure.add_subplot()
     left.set_title(textwrap.fill(f"token density {density}", 90, max_lines=3), fontsize=10)
     left.set(xlim=(0, TIMESTEPS), ylim=(0, full * 1.05), xlabel="timestep t (0 clean, 999 noise)")
@@ -130,32 +123,28 @@ def draw_density(network: DiT, path: Path, steps: str) -> None:
     right.axhline(mean, color=COST_COLOR, linestyle="--", label=f"mean over {len(sampled)} sampling steps: {mean:.4g}")
     right.axhline(dense, color="0.35", label=f"dense backbone: {dense:.4g}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    with atomic_write(path) as temporary:
-        # The default metadata names the version of matplotlib.
-        canvas.print_png(temporary, metadata={"Software": None})
+    save_canvas(canvas, path)
 
 
 def record_density(network: DiT, path: Path, steps: str) -> None:
     """`draw_density` beside work that is more than the picture: what keeps it from being drawn is a warning."""
-    try:
-        draw_density(network, path, steps)
-    except (InputError, IsADirectoryError, PermissionError) as error:
-        print(f"WARNING: the token density is not drawn: {error}", flush=True)
+    try_to_draw("the token density", lambda: draw_density(network, path, steps))
 
 
 def _means(network: DiT, steps: str) -> str:
     """Mean GMACs over all timesteps and over the sampler's, and what share of the dense backbone's the latter is."""
-    timesteps = respaced_timesteps(steps)
-    sampled, dense, digits = mean_gmacs(network, timesteps), mean_gmacs(dense_blueprint(network)), _decimals(network)
+    timesteps, everywhere = respaced_timesteps(steps), mean_gmacs(network)
+    sampled, dense, digits = mean_gmacs(network, timesteps), mean_gmacs(dense_blueprint(network)), _decimals(everywhere)
+    most = "" if network.work is None else ", at most"
     return (
-        f"mean GMACs: {mean_gmacs(network):.{digits}f} over all {TIMESTEPS:,} timesteps, {sampled:.{digits}f} over the "
+        f"mean GMACs{most}: {everywhere:.{digits}f} over all {TIMESTEPS:,} timesteps, {sampled:.{digits}f} over the "
         f"{len(timesteps)} sampling steps ({sampled / dense:.1%} of the dense backbone's {dense:.{digits}f})"
     )
 
 
-def _decimals(network: DiT) -> int:
-    """Decimals that show at least four digits of the network's GMACs, at least two."""
-    return max(2, 3 - math.floor(math.log10(mean_gmacs(network))))
+def _decimals(gmacs: float) -> int:
+    """Decimals that show at least four digits of the network's mean GMACs, at least two."""
+    return max(2, 3 - math.floor(math.log10(gmacs)))
 
 
 def _shown(density: TokenDensity) -> list[str]:

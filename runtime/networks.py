@@ -130,9 +130,10 @@ def summary(network: DiT, model: str) -> str:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     gmacs, dense = mean_gmacs(network), mean_gmacs(dense_blueprint(network))
     mean = ", the mean over timesteps" if network.plan_varies else ""
+    most = "" if network.work is None else "at most "
     options = ", ".join(f"{name} {_short(value)}" for name, value in to_mapping(network.options).items() if value is not False)
     return (
-        f"{method_name(network)} {model}, {parameters:,} parameters, {gmacs:.4g} GMACs per image and pass{mean} "
+        f"{method_name(network)} {model}, {parameters:,} parameters, {most}{gmacs:.4g} GMACs per image and pass{mean} "
         f"({gmacs / dense:.1%} of the dense backbone's {dense:.4g})" + (f"; {options}" if options else "")
     )
 

@@ -269,11 +269,13 @@ class SamplingCost(NamedTuple):
     guided_steps: int
     passes: int  # of the network: one a step, and another where it is guided
     macs: int  # multiply-accumulates of all passes
+    at_most: bool  # whether passes leave out what they find they can, which nobody knows before
 
     def __str__(self) -> str:
         where = "all" if self.guided_steps == self.steps else f"{self.guided_steps} of"
         guidance = f"guidance {self.scale:g} at {where} {self.steps} steps" if self.guided_steps else "no guidance"
-        return f"{guidance}: {self.passes} network passes and {self.macs / 1e12:.4g} TMACs per picture"
+        most = "at most " if self.at_most else ""
+        return f"{guidance}: {self.passes} network passes and {most}{self.macs / 1e12:.4g} TMACs per picture"
 
 
 def sampling_cost(network: DiT, settings: SamplingSettings) -> SamplingCost:
@@ -282,7 +284,7 @@ def sampling_cost(network: DiT, settings: SamplingSettings) -> SamplingCost:
     guided = [t for t in timesteps if settings.cfg_scale != 1.0 and interval.holds(t)]
     plans = Counter(network.guidance_plans(t)[0] for t in timesteps) + Counter(network.guidance_plans(t)[1] for t in guided)
     macs = sum(count * network.macs(plan) for plan, count in plans.items())
-    return SamplingCost(settings.cfg_scale, len(timesteps), len(guided), plans.total(), macs)
+    return SamplingCost(settings.cfg_scale, len(timesteps), len(guided), plans.total(), macs, network.work is not None)
 
 
 @torch.no_grad()

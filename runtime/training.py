@@ -1,4 +1,4 @@
-"""One training step and one training loop, the same for every method and objective."""
+"""One training loop, the same for every method and objective."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.schedule import Timesteps
-from models import DiT, Plan
+from models import DiT
 from runtime.averages import LossAverages
 from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_header, read_tensors, save_checkpoint
 from runtime.compilation import allow_graphs, plans_of_training, prepare_blocks, training_execution
@@ -27,18 +27,8 @@ from runtime.logs import RunLog, memory_gib, say
 from runtime.optimizer_step import Outcome, learning_rate, make_optimizer, update
 from runtime.prefetch import Prefetcher
 from runtime.profiling import StepProfiler
-from runtime.seeding import Keys
 from runtime.settings import TrainingSettings
-
-
-class Objective(Protocol):
-    """What is noised and predicted, and the loss of a prediction."""
-
-    def noised(self, x0: Tensor, keys: Keys, timesteps: Timesteps) -> Any:
-        """Draws timesteps within `timesteps`, and noise: an object with `x_t` (N, C, H, W), `t` (N,) that `losses` takes."""
-
-    def losses(self, output: Tensor, noised: Any) -> Mapping[str, Tensor]:
-        """Losses per sample, each (N,): "loss" is the total, the others are its parts."""
+from runtime.training_step import Batch, Objective, TrainingStep
 
 
 class Data(Protocol):
@@ -48,48 +38,6 @@ class Data(Protocol):
 
     def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """positions (n,) int64 in the global batch, on the CPU -> latents (n, C, H, W) float32, labels (n,), on `device`"""
-
-
-class Batch(NamedTuple):
-    """What one process computes at once. All its timesteps lie in one interval of the method's, whose plan this is."""
-
-    latents: Tensor  # (n, C, H, W)
-    labels: Tensor  # (n,)
-    positions: Tensor  # (n,) int64, in the global batch
-    timesteps: Timesteps
-    plan: Plan
-
-
-class TrainingStep(nn.Module):
-    """Draw, noise, predict, score. This is what accelerate wraps; nothing but its `forward` is called on the wrapped module.
-
-    Compiled, it makes one graph for each signature of a plan: what else changes from step to step comes in tensors.
-    """
-
-    def __init__(self, network: DiT, objective: Objective, seed: int) -> None:
-        super().__init__()
-        self.network = network
-        self.objective = objective
-        self.seed = seed
-
-    def forward(self, batch: Batch, step: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """step () int64 -> scalar loss; its parts and what else was measured by name, scalars or (layers,)"""
-        keys = Keys(self.seed, step, batch.positions)
-        noised = self.objective.noised(batch.latents, keys, batch.timesteps)
-        outputs, features = self.network.training_forward(
-            noised.x_t, noised.t, batch.labels, batch.plan, self.network.draw(keys)
-        )
-        total, parts = batch.latents.new_zeros(()), dict[str, Tensor]()
-        for name, (output, weight) in outputs.items():
-            losses = {part: values.mean() for part, values in self.objective.losses(output, noised).items()}
-            total = total + weight * losses["loss"]
-            parts |= {part if name == "denoising" else f"{name}/{part}": value for part, value in losses.items()}
-        extra = self.network.extra_losses(features, step)
-        if len(outputs) + len(extra) > 1:
-            parts["denoising/loss"] = parts["loss"]
-        total = total + sum(extra.values())
-        parts |= {**extra, **self.network.measurements(features, step), "loss": total}
-        return total, {name: value.detach() for name, value in parts.items()}
 
 
 class Trainer:
@@ -108,16 +56,18 @@ class Trainer:
         run: Path,
         header: Mapping[str, Any],
         grid: Callable[[nn.Module, int], Tensor] | None = None,
+        probe: Callable[[DiT], Mapping[str, float]] | None = None,
         lag: int | None = None,
     ) -> None:
         """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) of the averaged network and step;
+        `probe` measures the averaged network beside each checkpoint, numbers by name for the log;
         `lag` is after how many steps the host learns whether one was finite (None: 1 on a GPU, else 0).
 
         `settings.density_groups` is a number that `check_groups` lets pass.
         """
         assert settings.density_groups is not None
         self.settings, self.accelerator, self.data, self.run_folder = settings, accelerator, data, run
-        self.header, self.grid = dict(header), grid
+        self.header, self.grid, self.probe = dict(header), grid, probe
         self.device = accelerator.device
         gpu = self.device.type == "cuda"
         self.network = network.to(self.device)
@@ -195,16 +145,18 @@ class Trainer:
         """Log line, checkpoint and sample grid of the current step, where they are due."""
         settings, step = self.settings, self.step
         logged = step % settings.log_every == 0 or step == self.last_step
-        saved = step % settings.checkpoint_every == 0
+        saved = step % settings.checkpoint_every == 0 or step == self.last_step
         if logged or saved:
             self.settle()  # on every process at the same steps: what is found may end the run
+        values: dict[str, float] = {}
         if logged:
             values = self._averages(gradient_norm)
             bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}")
-            if log:
-                log.scalars(step, values)
-        if saved and self.accelerator.is_main_process and not self._spoilt:
+        if log and saved and not self._spoilt:
             self.save()
+            values |= self.probe(self.ema.network) if self.probe else {}
+        if log and values:
+            log.scalars(step, values)
         if log and self.grid and step % settings.sample_every == 0:
             log.picture(step, "samples", self.grid(self.ema.network, step))
 
@@ -323,12 +275,22 @@ class Trainer:
         }
         if self.settings.skip_gradient_norm is not None:
             values["large_gradient_steps"] = self.large_steps
+            self._warn_of_large_steps()
         self._start_measuring()
         return values
 
+    def _warn_of_large_steps(self) -> None:
+        """A training of which most updates are left out looks alive and learns next to nothing."""
+        steps, large = self.step - self._logged_step, self.large_steps - self._logged_large
+        if 2 * large > steps and self.accelerator.is_main_process:
+            say(
+                f"WARNING: {large} of the last {steps} updates were left out, their gradient norms were above "
+                f"--skip-gradient-norm {self.settings.skip_gradient_norm:g}; lower --learning-rate, or raise the limit."
+            )
+
     def _start_measuring(self) -> None:
-        """From here on the next log line's speed, and on a GPU its peak of memory, are measured."""
-        self._started, self._logged_step = time.perf_counter(), self.step
+        """From here on what the next log line says of steps, and on a GPU of the peak of memory, is measured."""
+        self._started, self._logged_step, self._logged_large = time.perf_counter(), self.step, self.large_steps
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -75,7 +75,7 @@ def own_keys(path: Path) -> set[str]:
 
 
 def is_network(path: Path) -> bool:
-    """A DiT or SparseDiT with guidance, or a conversion (`missing`); DyDiT and SPRINT files hold other keys."""
+    """A DiT or SparseDiT with guidance, or a conversion (`missing`); DyDiT (golden_dydit.py) and SPRINT files hold others."""
     return NETWORK <= own_keys(path) <= NETWORK | GUIDANCE | {"missing"}
 
 

@@ -99,7 +99,7 @@ def test_what_is_off_is_not_measured_twice(tmp_path: Path) -> None:
 def test_an_executor_converts_a_copy_of_its_own() -> None:
     """In place, it would make the plain rows those of half precision."""
     blueprints = options.NetworkSettings(model="DiT-T/2", latent=(4, 8, 8), num_classes=5).blueprints()
-    found = contestants.contestants(blueprints, Execution(CPU, "bf16"))
+    found = contestants.contestants(blueprints, Execution(CPU, "bf16"), lambda network: pytest.fail("its plans say it all"))
     types = {name: {parameter.dtype for parameter in one.network.parameters()} for name, one in found.items()}
     assert types["dense, plain"] == types["sparsedit, plain"] == {torch.float32}
     assert torch.bfloat16 in types["sparsedit, ours"]

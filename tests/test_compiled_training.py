@@ -71,6 +71,22 @@ def test_one_graph_for_a_kind_of_block_and_the_numbers_of_eager(
     assert differing(state_at(tmp_path / RUN), state_at(tmp_path / "eager")) == []  # all names of the checkpoint too
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_graphs_of_two_stages(
+    checkpointing: str, features: Path, graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under masks and with everything on: a graph each, whatever the stage. (Probes sample: theirs are counted elsewhere.)"""
+    monkeypatch.setattr("train.work_meter", lambda *arguments: None)
+    words = ["--model", "DiT-16x3x2/2", "--method", "dydit", "--complete-steps", "3", "--target-warmup", "0", "--feature-path",
+             features, "--image-size", "64", "--max-steps", "6", "--global-batch-size", "4", "--log-every", "1", "--lr", "1e-3",
+             "--results-dir", tmp_path]  # fmt: skip
+    succeed("train", *words, "--run-name", "compiled", "--compile", "default", "--gradient-checkpointing", checkpointing)
+    assert graphs.made == 2
+    assert graphs.ran >= (6 + 3) * 3
+    succeed("train", *words, "--run-name", "eager")
+    assert differing(state_at(tmp_path / "compiled"), state_at(tmp_path / "eager")) == []
+
+
 def test_graphs_of_a_varying_density(words: list[str], graphs: Graphs) -> None:
     """One more for each grid of what sees the grid; the limit follows."""
     density = "4,3,2,2x1,4x2,1@0,150,300,450,600,750"
@@ -161,7 +177,7 @@ def held_and_gradients(network: DiT) -> tuple[int, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 16, 16, generator=generator)
     with Allocated() as allocated:
-        loss = network(x, torch.tensor([3, 500]), torch.tensor([0, 1]), network.plan(0)).square().mean()
+        loss = network(x, torch.tensor([3, 500]), torch.tensor([0, 1]), network.training_plans()[0][1]).square().mean()
     held = allocated.alive()
     loss.backward()
     return held, [parameter.grad for parameter in network.parameters() if parameter.grad is not None]

@@ -28,6 +28,15 @@ PUBLISHED_PARAMETERS = {
 """Of DiT-XL/2, by method and picture size: the released checkpoints."""
 
 
+DYNAMIC = {
+    "dydit-xl-2-256-f50": (0.5, 1_000, 30_000, 200_000, 1e-4, 200.0, "57.88 (dense: 118.69); the target is 59.19"),
+    "dydit-xl-2-256-f70": (0.7, 5_000, None, 150_000, 2.5e-5, 50.0, "84.33 (dense: 118.69); the target is 82.87"),
+    "dydit-b-2-256-f50": (0.5, 1_000, 0, 100_000, 1e-4, 200.0, ""),
+    "dydit-s-2-256-f50": (0.5, 1_000, 0, 50_000, 1e-4, 200.0, ""),
+}
+"""DyDiT's trainings: target, warm-up, steps of the second pass, steps, rate, largest gradient norm, GMACs told of."""
+
+
 DENSITIES = {
     "sparsedit-xl-2-256-r44-61": ([12, 11, 10], 82.91),
     "sparsedit-xl-2-256-r61-86": ([10, 9, 8, 7, 6], 69.04),
@@ -56,7 +65,7 @@ def network(path: Path) -> tuple[TrainingSettings, DiT]:
 def test_the_published_runs_and_the_demo_are_here() -> None:
     told = {(settings.model, settings.method, settings.image_size) for settings, _ in map(network, CONFIGS)}
     assert {("DiT-XL/2", "sparsedit", 256), ("DiT-XL/2", "sparsedit", 512)} <= told
-    assert {method for _, method, size in told if size < 64} == {"dense", "sparsedit"}
+    assert {method for _, method, size in told if size < 64} == {"dense", "dydit", "sparsedit"}
 
 
 @every_config
@@ -73,15 +82,32 @@ def test_published_configs_hold_the_published_recipe(path: Path) -> None:
     settings, plan = network(path)
     if settings.model != "DiT-XL/2":
         pytest.skip("a config of ours, not a published run")
-    if path.stem not in DENSITIES:  # no weights of these were published
+    if path.stem not in (*DENSITIES, *DYNAMIC):  # no weights of these were published, or no count of them
         expected = PUBLISHED_PARAMETERS[settings.method, settings.image_size]
         assert sum(parameter.numel() for parameter in plan.parameters()) == expected
         assert len(plan.training_plans()) == 1
-    assert (settings.global_batch_size, settings.learning_rate, settings.weight_decay) == (256, 1e-4, 0.0)
+    rate = DYNAMIC[path.stem][4] if path.stem in DYNAMIC else 1e-4
+    assert (settings.global_batch_size, settings.learning_rate, settings.weight_decay) == (256, rate, 0.0)
     assert (settings.ema_decay, settings.label_drop) == (0.9999, 0.1)
     assert settings.min_snr_gamma == (5.0 if settings.method == "sparsedit" else None)
     if settings.method == "sparsedit" and path.stem not in DENSITIES:
         assert plan.plan(0).signature == ("sparse grid", 8, 8)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_trainings_of_dydit(name: str) -> None:
+    """Each holds the paper's recipe; XL says the paper's GMACs, and what the target is in ours."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    settings, plan = network(path)
+    target, warmup, complete, steps, rate, largest, gmacs = DYNAMIC[name]
+    assert (plan.options.flops_target, plan.options.target_warmup, plan.options.complete_steps) == (target, warmup, complete)
+    assert (settings.max_steps, settings.learning_rate, settings.skip_gradient_norm) == (steps, rate, largest)
+    assert (settings.global_batch_size, settings.timestep_strata, settings.ema_warmup) == (256, 4, False)
+    assert gmacs in path.read_text(encoding="utf-8")
+    if gmacs:
+        assert (
+            f"target {target:g} of attention and MLP, reached at step {warmup:,}: {gmacs[-5:]} of" in plan.training_lines()[0]
+        )
 
 
 @pytest.mark.parametrize("name", DENSITIES)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -13,7 +15,8 @@ import demo
 from benchmarks.digits import SIDE, grey_vectors, write_digits
 from demo import ROOT, Row
 from diffusion.schedule import NoiseSchedule
-from models import Backbone, DiT, create_model
+from models import METHODS, Backbone, DiT, create_model
+from runtime.config import InputError
 from runtime.settings import parse_training
 
 
@@ -85,14 +88,71 @@ def test_fixed_and_dynamic_cost_the_same() -> None:
 
 
 def test_the_two_fine_tunings_differ_in_density_and_micro_batches_alone() -> None:
-    configs = [parse_training(["--config", str(ROOT / "configs" / f"demo-{name}.yaml")]) for name in list(demo.STAGES)[1:]]
+    configs = [
+        parse_training(["--config", str(ROOT / "configs" / f"demo-{name}.yaml")]) for name in demo.stages("sparsedit")[1:]
+    ]
     (fixed, fixed_options), (dynamic, dynamic_options) = configs
     assert {name for name, value in vars(fixed).items() if value != getattr(dynamic, name)} == {"gradient_accumulation"}
     assert {"density"} == dynamic_options.keys() - fixed_options.keys()
 
 
 def test_rows_tell_fixed_from_dynamic() -> None:
-    assert [demo.row_name(network(stage)) for stage in demo.STAGES] == ["dense", "sparsedit fixed", "sparsedit dynamic"]
+    names = [demo.row_name(network(stage)) for stage in demo.stages("sparsedit")]
+    assert names == ["dense", "sparsedit fixed", "sparsedit dynamic"]
+
+
+def test_every_method_but_dense_has_a_demo() -> None:
+    assert demo.stages("dydit") == ["dense", "dydit"]
+    for method in set(METHODS) - {"dense"}:
+        assert {network(stage).__class__ for stage in demo.stages(method)[1:]} == {METHODS[method]}
+    for method in ("dense", "spars", "dydit-"):
+        with pytest.raises(InputError, match=r"has no demo; choose from dydit, sparsedit\."):
+            demo.stages(method)
+
+
+def test_a_demo_of_no_method_ends_before_it_deletes_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "samples").mkdir()
+    monkeypatch.setattr("sys.argv", ["demo.py", "--method", "dense", "--output", str(tmp_path), "--fresh"])
+    with pytest.raises(InputError, match="has no demo"):
+        demo.main()
+    assert (tmp_path / "samples").is_dir()
+
+
+def test_counted_work_is_judged_and_shown() -> None:
+    def measured(ratio: float, speed: float = 1.5) -> list[Row]:
+        return [rows()[0], Row("dydit", 0.0104, 10.0 * speed, 60.0, 0.98, None, ratio, 0.5)]
+
+    for good in (0.4801, 0.5, 0.5199):
+        assert demo.failures(measured(good)) == []
+    for bad in (0.479, 0.521):
+        (missed,) = demo.failures(measured(bad))
+        assert f"dydit computes {bad:.1%} of attention and MLP, more than 2 points from the 50%" in missed
+    assert "dydit speed-up 1.29" in demo.failures(measured(0.5, 1.29))[0]
+    table = demo.show(measured(0.512))
+    assert "dydit: 51.2% of the dense network's attention and MLP were computed, 50% were trained for" in table
+    assert "Token density" not in table
+    assert "were computed" not in demo.show(rows())
+
+
+def test_a_row_holds_what_was_counted_while_its_speed_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: GMACs of the plans, in which all tokens are on."""
+    torch.manual_seed(0)
+    made = network("dydit")
+    made.imitate_training(torch.randn(8, 3, SIDE, SIDE), torch.arange(8) * 125, torch.arange(8))
+    np.savez(tmp_path / "samples.npz", arr_0=np.random.default_rng(0).integers(0, 255, (80, SIDE, SIDE, 3), dtype=np.uint8))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "0000001.safetensors").touch()
+    checkpoint = SimpleNamespace(network=made.eval().requires_grad_(False))
+    monkeypatch.setattr(demo, "load_checkpoint", lambda *_: checkpoint)
+    for name, value in {"TIMED": 2, "ROUNDS": 1, "STEPS": "3"}.items():
+        monkeypatch.setattr(demo, name, value)
+    (row,) = demo.compare([tmp_path], [tmp_path / "samples.npz"])
+    planned = made.mean_macs(NoiseSchedule.linear().respaced("3").timesteps) / 1e9
+    assert row.gmacs == made.work.macs / made.work.passes / 1e9 < 0.95 * planned
+    assert made.work.passes == 2 * 2 * 2 * 3  # two rounds of two pictures, guided, in three steps
+    blocks = [block.attn.macs(16) + block.mlp.macs(16) for block in made.blocks]
+    assert row.flops_ratio == pytest.approx(made.work.block_macs / made.work.passes / sum(blocks))
+    assert row.flops_target == 0.5
 
 
 def test_the_table_says_what_it_shows() -> None:

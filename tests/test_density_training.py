@@ -72,6 +72,11 @@ def test_the_number_of_groups_is_saved(words: list[str], tmp_path: Path) -> None
     assert saved["network"]["options"]["density"] == DENSITY
 
 
+def test_strata_beside_a_varying_density_are_refused(words: list[str]) -> None:
+    refused(call("train", *words, "--timestep-strata", "4"), "--timestep-strata", "leave the flag out")
+    succeed("train", *words, "--timestep-strata", "4", "--density", "2", "--max-steps", "1")
+
+
 # What a batch holds --------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_runs import call, differing, succeed
 
+from models import METHODS
 from runtime.checkpoint import checkpoints, read_weights
 from runtime.sampling import load_checkpoint
 
@@ -49,7 +50,7 @@ def test_export_holds_the_average_alone_and_samples_like_the_checkpoint(
     assert differing(raw, average) != []
 
 
-@pytest.mark.parametrize("method", ["dense", "sparsedit"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_released_layouts_round_trip(method: str, suffix: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint, output = trained(method), tmp_path / f"released{suffix}"
@@ -61,6 +62,8 @@ def test_released_layouts_round_trip(method: str, suffix: str, trained: Callable
     back = load_checkpoint(str(output), "DiT-T/2", 64)
     ours = load_checkpoint(str(checkpoint), None, None)
     assert differing(back.network.state_dict(), ours.network.state_dict()) == []
+    if method == "dydit":
+        assert any(name == "blocks.0.token_selection.mlp_head.2.bias" for name in weights.state)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 3])
     out = ours.network(x, t, y)
     assert out.std() > 0.05

@@ -24,14 +24,15 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule, Timesteps
-from models import Backbone, DiT, create_model
+from models import Backbone, DiT, Plan, create_model
+from models.slices import SliceableLinear
 from runtime.averages import LossAverages
 from runtime.cuda_graphs import PlanGraphs
 from runtime.execution import Execution, numerics
 from runtime.optimizer_step import make_optimizer, update
 from runtime.sampling import SamplingSettings, plain_forward, sample_latents
 from runtime.settings import TrainingSettings
-from runtime.training import Batch, TrainingStep
+from runtime.training_step import Batch, TrainingStep
 
 ROOT = Path(__file__).parents[1]
 DEVICE = """
@@ -84,15 +85,17 @@ def main(library: str) -> None:
         with NoCopies(), pytest.raises(RuntimeError, match="meets"):
             there.to("cpu")
         check_sampling(network("sparsedit", several).requires_grad_(False), "bf16")
+        check_dynamic_sampling(network("dydit", {}).requires_grad_(False))
         check_training_forward(network("dense", {}), "fp16")
         check_training_forward(network("sparsedit", several), "bf16")
+        check_training_forward(network("dydit", {"complete_steps": None}), "bf16")
         check_update(network("sparsedit", {}))
 
 
-def check_sampling(dit: Any, precision: str) -> None:
-    """Steps with and without guidance, of several grids."""
+def halved(dit: Any, precision: str) -> Any:
+    """The network's forward as an execution in half precision runs it."""
     for module in dit.modules():  # as `convert_linears`, whose way torch has not for fake tensors
-        if type(module) is torch.nn.Linear:
+        if type(module) in (torch.nn.Linear, SliceableLinear):
             module.weight, module.bias = (
                 torch.nn.Parameter(p.to(HALF[precision]), False) for p in (module.weight, module.bias)
             )
@@ -103,6 +106,25 @@ def check_sampling(dit: Any, precision: str) -> None:
         assert output.dtype == torch.float32
         return output
 
+    return predict
+
+
+def check_dynamic_sampling(dit: Any) -> None:
+    """Two widths; which tokens are on is given, as their number cannot be known here."""
+    plans = [Plan(("sliced",), selection=(((0, 2), groups),) * 8) for groups in ((0, 1, 3), (0, 1, 2, 3))]
+    dit.plan = lambda t: plans[t < 500]
+    for block in dit.blocks:
+        block.select = lambda logits: torch.arange(0, logits.numel(), 2, device=logits.device)
+    settings, index = SamplingSettings(4.0, guidance_interval=(0.2, 0.8), num_sampling_steps="4"), torch.arange(6, device=CUDA)
+    arguments = dit, settings, index, index, 0, CUDA, halved(dit, "bf16")
+    sample_latents(*arguments)  # cuts the slices
+    with NoCopies():
+        assert sample_latents(*arguments).device == CUDA
+
+
+def check_sampling(dit: Any, precision: str) -> None:
+    """Steps with and without guidance, of several grids."""
+    predict = halved(dit, precision)
     graphs = PlanGraphs(predict, lambda run: (run(), lambda: None))
     settings = SamplingSettings(4.0, guidance_interval=(0.2, 0.8), num_sampling_steps="4")
     NoiseSchedule.linear().respaced("4").tables(CUDA)  # copied once
@@ -119,7 +141,8 @@ def check_training_forward(dit: Any, precision: str) -> None:
     step = TrainingStep(dit, EpsilonObjective(NoiseSchedule.linear(), 5.0, True), 0)
     bounds = Timesteps(*(torch.full((), bound, device=CUDA) for bound in (200, 400)))
     index = torch.arange(8, device=CUDA)
-    batch = Batch(torch.zeros(8, 4, 16, 16, device=CUDA), index, index, bounds, dit.plan(200))
+    plan = next(plan for interval, plan in dit.training_plans() if 200 in interval)
+    batch = Batch(torch.zeros(8, 4, 16, 16, device=CUDA), index, index, bounds, plan)
     averages = LossAverages([range(500), range(500, 1000)], cast(Any, SimpleNamespace(device=CUDA)))
     with NoCopies():
         with torch.autocast("cuda", HALF[precision]):
@@ -131,7 +154,8 @@ def check_training_forward(dit: Any, precision: str) -> None:
 def check_update(dit: Any) -> None:
     """Unscaling, norm, clipping, optimizer, scaler."""
     trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
-    adamw, scaler = make_optimizer(trained, TrainingSettings()), torch.amp.GradScaler("cuda")
+    settings = TrainingSettings(gradient_clip=1.0, skip_gradient_norm=200.0)
+    adamw, scaler = make_optimizer(trained, settings), torch.amp.GradScaler("cuda")
     # Stands in for accelerate's, which makes no fake ones.
     accelerator: Any = SimpleNamespace(scaler=scaler, unscale_gradients=lambda given: scaler.unscale_(given.optimizer))
     wrapped, average = SimpleNamespace(optimizer=adamw, zero_grad=adamw.zero_grad), SimpleNamespace(update=lambda *_: None)
@@ -140,8 +164,8 @@ def check_update(dit: Any) -> None:
             scaler.scale(torch.ones(1, device=CUDA))
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-            norm, finite = update(dit, wrapped, cast(Any, average), 1.0, number, accelerator)
-    assert norm.device == finite.device == CUDA
+            outcome = update(dit, wrapped, cast(Any, average), settings, number, accelerator)
+    assert {part.device for part in outcome} == {CUDA}
     assert all(state["step"].device == CUDA for state in adamw.state.values())
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import train
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
-from models import Backbone
+from models import Backbone, DyDiT
 from runtime import distributed, lagged_reads, training
 from runtime.checkpoint import checkpoints
 from runtime.config import InputError
@@ -114,12 +114,17 @@ class Synthetic:
         return normal(keys, "latents", (4, 8, 8)), integers(keys, "labels", 3)
 
 
+VARYING = {"density": "4,2@0,500"}
+
+
 @contextlib.contextmanager
-def trainer(run: Path, make: Any = Accelerator, lag: int = 1, **chosen: Any) -> Iterator[Trainer]:
-    """A trainer of a varying density on synthetic data."""
+def trainer(
+    run: Path, make: Any = Accelerator, lag: int = 1, method: str = "sparsedit", options: Any = VARYING, **chosen: Any
+) -> Iterator[Trainer]:
+    """A trainer on synthetic data."""
     settings = TrainingSettings(global_batch_size=8, max_steps=20, density_groups=2, gradient_accumulation=2, **chosen)
     with alone():
-        network = random_network("sparsedit", Backbone.named("DiT-T/2", (8, 8), num_classes=3), {"density": "4,2@0,500"})
+        network = random_network(method, Backbone.named("DiT-T/2", (8, 8), num_classes=3), options)
         accelerator = make(cpu=True, gradient_accumulation_steps=2)
         objective = EpsilonObjective(NoiseSchedule.linear(), 5.0, True)
         made = Trainer(settings, accelerator, network, objective, Synthetic(), run, {}, lag=lag)
@@ -127,7 +132,8 @@ def trainer(run: Path, make: Any = Accelerator, lag: int = 1, **chosen: Any) -> 
         made.close()
 
 
-CASES = [{}, {"gradient_clip": 0.1}, {"gradient_checkpointing": "selective"}, {"make": WithScaler}]
+STAGES: dict[str, Any] = {"method": "dydit", "options": {"complete_steps": 2}, "skip_gradient_norm": 200.0}
+CASES = [{}, {"gradient_clip": 0.1}, {"gradient_checkpointing": "selective"}, {"make": WithScaler}, STAGES]
 
 
 @pytest.mark.parametrize("chosen", CASES)
@@ -152,6 +158,13 @@ def loss_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         training.LossAverages, "add", lambda self, parts, *rest: (parts["loss"].item(), add(self, parts, *rest))
     )
+
+
+def test_a_read_of_the_step_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target_at = DyDiT.target_at
+    monkeypatch.setattr(DyDiT, "target_at", lambda self, step: target_at(self, int(step)))
+    with trainer(tmp_path, **STAGES) as made, nothing_is_read(monkeypatch), pytest.raises(HostRead):
+        made.optimize()
 
 
 def norm_in_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

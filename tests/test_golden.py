@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("golden_adm", "golden_diffusion", "golden_networks")
+pytest.register_assert_rewrite("golden_adm", "golden_diffusion", "golden_dydit", "golden_networks")
 
 from golden_adm import *  # noqa: E402, F403
 from golden_diffusion import *  # noqa: E402, F403
+from golden_dydit import *  # noqa: E402, F403
 from golden_networks import *  # noqa: E402, F403

@@ -31,6 +31,18 @@ def test_flags_win_and_the_codec_decides_the_map(tmp_path: Path) -> None:
     assert "mean" not in said
 
 
+def test_of_a_network_that_decides_while_it_runs_it_says_the_most_and_the_target() -> None:
+    said = succeed("train", "plan", "--config", "configs/dydit-xl-2-256-f70.yaml").out
+    for words in (
+        "at most 119.2 GMACs per image and pass (100.5% of the dense backbone's 118.6)",
+        "target 0.7 of attention and MLP, reached at step 5,000: 82.87 of 118.4 GMACs per image and pass",
+        "two passes a training step throughout: the second one has everything on",
+    ):
+        assert words in said
+    assert "mean" not in said
+    assert "two passes" not in succeed("train", "plan", "--config", "configs/dydit-s-2-256-f50.yaml").out
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

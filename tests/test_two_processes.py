@@ -22,6 +22,8 @@ TRAVELLED = RATE * STEPS
 """How far AdamW can move a weight in this training: about its rate a step."""
 
 DYNAMIC = ["--density", "4,3,2,1@0,150,500,750"]
+DECIDING = ["--method", "dydit", "--pretrained", "none", "--complete-steps", "3", "--target-warmup", "4"]
+"""Two passes a step, then one."""
 
 DRIVER = '''
 """Several trainings and samplings in one pair of processes: as they are, and each with one bug."""
@@ -37,8 +39,9 @@ from runtime.training import Trainer
 
 accelerate.Accelerator.end_training = lambda self: None  # the pair stays for the next training
 rank = int(os.environ["RANK"])
-first, second = (place for place, word in enumerate(sys.argv) if word == "--")
-flags, dynamic, sampling_flags = sys.argv[1:first], sys.argv[first + 1 : second], sys.argv[second + 1 :]
+first, second, third = (place for place, word in enumerate(sys.argv) if word == "--")
+flags, dynamic, deciding = sys.argv[1:first], sys.argv[first + 1 : second], sys.argv[second + 1 : third]
+sampling_flags = sys.argv[third + 1 :]
 
 
 def training(name, *more):
@@ -47,6 +50,7 @@ def training(name, *more):
 
 training("accumulated", "--gradient-accumulation", "2")
 training("dynamic", *dynamic)
+training("deciding", *deciding)
 
 compile_ = torch.compile
 torch.compile = lambda function, **chosen: compile_(function, dynamic=False, backend="aot_eager")
@@ -63,6 +67,7 @@ step_loop.group_of = group_of
 process_index = accelerate.Accelerator.process_index
 accelerate.Accelerator.process_index = property(lambda self: 0)
 training("same-positions")
+training("deciding-at-same-positions", *deciding)
 accelerate.Accelerator.process_index = process_index
 
 as_it_is = Trainer.__init__
@@ -127,6 +132,8 @@ def variants(tmp_path_factory: pytest.TempPathFactory, features: Path, pretraine
         *training_flags(features, pretrained, folder),
         "--",
         *DYNAMIC,
+        "--",
+        *DECIDING,
         "--",
         *sampling_flags(one_process, folder / "rank-keyed"),
     ]
@@ -222,6 +229,22 @@ def test_two_processes_go_on_as_two_micro_batches(
     assert "2 density groups cannot be dealt to 1 parts of the batch" in call("train", *words).err
     assert "at step 4" in succeed("train", *words, "--gradient-accumulation", "2").out
     assert_equal_up_to_rounding(tmp_path / "run", dynamic)
+
+
+def test_what_samples_decide_in_two_processes_is_that_of_two_micro_batches(
+    variants: Path, features: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """DyDiT's penalty looks at the samples that one process computes at once: half of the batch each."""
+    words = [*training_flags(features, pretrained, tmp_path), *DECIDING, "--run-name", "run"]
+    succeed("train", *words, "--gradient-accumulation", "2")
+    assert_equal_up_to_rounding(variants / "deciding", tmp_path / "run")
+    assert_another_training(variants / "deciding-at-same-positions", tmp_path / "run")
+    for ours, theirs in zip(metrics(variants / "deciding"), metrics(tmp_path / "run"), strict=True):
+        assert set(ours) == set(theirs)
+        for name in ours:
+            if "per_second" not in name and name != "memory_gib":
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert {"complete/loss", "flops", "layers/tokens_kept/07"} <= set(metrics(tmp_path / "run")[0])
 
 
 @pytest.mark.parametrize("bug", ["dynamic-not-turned", "dynamic-by-another-rank"])

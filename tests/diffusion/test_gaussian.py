@@ -233,6 +233,36 @@ def test_the_whole_schedule_is_an_interval_like_any_other():
     assert torch.equal(plain.t, interval.t)
 
 
+def test_each_stratum_gets_its_share_of_every_run_of_positions():
+    objective = EpsilonObjective(SCHEDULE, None, learned_variance=True, strata=4)
+    for start in (0, 4, 8, 3):  # a process's part of the batch, and one that does not begin at a multiple
+        keys = Keys(seed=3, step=7, index=torch.arange(start, start + 8))
+        t = objective.noised(torch.zeros(8, 1, 1, 1), keys).t
+        assert torch.equal(t // 250, keys.index % 4)
+    alone = objective.noised(torch.zeros(1, 1, 1, 1), Keys(3, 7, torch.tensor([10]))).t  # whoever computes it
+    assert torch.equal(alone, t[7:])
+
+
+def test_timesteps_of_strata_are_uniform(monkeypatch):
+    """Enumerated: every number that can be drawn, at the places of one turn, names each timestep once. Known bad: one stratum
+    for all."""
+    drawn, turn = torch.arange(250).repeat_interleave(4), torch.arange(4).repeat(250)
+    monkeypatch.setattr("diffusion.gaussian.integers", lambda keys, name, high: drawn if high == 250 else drawn * 4 % high)
+    for strata, expected in ((4, list(range(1000))), (1, None)):
+        objective = EpsilonObjective(SCHEDULE, None, learned_variance=True, strata=strata)
+        t = objective.noised(torch.zeros(1000, 1, 1, 1), Keys(0, 0, turn)).t
+        assert (sorted(t.tolist()) == expected) == (strata == 4)
+
+
+def test_one_stratum_is_as_before_there_were_any():
+    keys, x0 = Keys(seed=3, step=7, index=torch.arange(500)), torch.zeros(500, 1, 1, 1)
+    one = EpsilonObjective(SCHEDULE, None, learned_variance=True, strata=1).noised(x0, keys)
+    assert torch.equal(one.t, integers(keys, "timestep", 1000))
+    four = EpsilonObjective(SCHEDULE, None, learned_variance=True, strata=4).noised(x0, keys)
+    assert torch.equal(one.noise, four.noise)
+    assert not torch.equal(one.t, four.t)
+
+
 def test_named_losses_are_those_of_the_call(batch):
     for learned_variance in (True, False):
         objective = EpsilonObjective(SCHEDULE, 5.0, learned_variance)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import Backbone, DiT, Plan, create_model
+from models.dynamic_block import DynamicBlock
 from runtime.seeding import Keys, integers, normal
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -96,8 +97,14 @@ def distance(ours: Tensor, reference: Tensor) -> float:
 
 
 def counted_macs(model: DiT, plan: Plan | None = None) -> float:
-    """Multiply-accumulates as torch counts them on the meta device, where it counts attention too."""
-    backbone = model.backbone
+    """Multiply-accumulates as torch counts them on the meta device, where it counts attention too.
+
+    Without a plan under that of timestep 0. Tokens that values would choose are all there.
+    """
+    backbone, plan = model.backbone, model.plan(0) if plan is None else plan
+    for block in model.blocks:
+        if isinstance(block, DynamicBlock):
+            block.select = lambda logits: torch.arange(logits.numel(), device=logits.device)
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         model(
             torch.zeros(1, backbone.in_channels, *backbone.latent_size), torch.zeros(1), torch.zeros(1, dtype=torch.long), plan

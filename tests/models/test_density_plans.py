@@ -172,7 +172,7 @@ def test_training_forward_takes_the_plan_it_is_given() -> None:
     model = network("sparsedit", tiny(), {"density": DYNAMIC})
     x, t, y = batch_at(model, [600, 610, 740])
     draws = model.draw(Keys(0, 0, torch.arange(3)))
-    for plan in (model.plan(600), model.plan(0), None):
+    for plan in (model.plan(600), model.plan(0)):
         output, weight = model.training_forward(x, t, y, plan, draws)[0]["denoising"]
         assert weight == 1
         assert torch.equal(output, model(x, t, y, plan, draws))

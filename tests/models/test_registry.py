@@ -49,13 +49,18 @@ def test_a_fresh_network_outputs_zero(method: str) -> None:
     assert not create_model(method, tiny())(*inputs(tiny())).any()
 
 
+def drawn_for(model: DiT, count: int = 3) -> dict[str, Tensor]:
+    """What training draws for a batch."""
+    return model.draw(Keys(0, 0, torch.arange(count)))
+
+
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
 def without_gradient(model: DiT) -> list[str]:
     """Trainable parameters that a backward pass through the output does not reach."""
-    batch = inputs(model.backbone)
-    output = model(*batch, draws={"label_drop": torch.tensor([False, True, False])})
+    draws = {**drawn_for(model), "label_drop": torch.tensor([False, True, False])}
+    output = model(*inputs(model.backbone), draws=draws)
     (output * normal(Keys(2, 0, torch.arange(len(output))), "weights", output.shape[1:])).sum().backward()
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [name for name, parameter in parameters if parameter.grad is None or not parameter.grad.any()]
@@ -70,10 +75,10 @@ def test_a_gradient_reaches_every_parameter(method: str, backbone: Backbone) -> 
 @every_method
 def test_the_gradient_test_catches_a_detached_block_and_a_fresh_network(method: str) -> None:
     model = network(method, tiny())
-    model.blocks[4].mlp.register_forward_hook(lambda module, arguments, output: output.detach())
-    assert without_gradient(model) == [
-        f"blocks.4.mlp.{layer}.{part}" for layer in ("fc1", "fc2") for part in ("weight", "bias")
-    ]
+    model.blocks[4].mlp.fc2.register_forward_hook(lambda module, arguments, output: output.detach())
+    cut_off = [name for name, _ in model.named_parameters() if name.startswith(("blocks.4.mlp.", "blocks.4.mlp_rate."))]
+    assert without_gradient(model) == cut_off
+    assert len(cut_off) >= 4
     fresh = create_model(method, tiny())
     reached = {name for name, _ in fresh.named_parameters()} - set(without_gradient(fresh))
     assert reached == {"final_layer.linear.weight", "final_layer.linear.bias", "pos_embed"}
@@ -83,7 +88,7 @@ def test_the_gradient_test_catches_a_detached_block_and_a_fresh_network(method: 
 
 
 def outputs_and_gradients(model: DiT) -> list[Tensor]:
-    output = model(*inputs(model.backbone))
+    output = model(*inputs(model.backbone), draws=drawn_for(model))
     output.square().mean().backward()
     return [output, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
@@ -105,7 +110,7 @@ def test_checkpointing_changes_no_bit(method: str, size: str) -> None:
 @every_method
 def test_the_checkpointing_test_catches_randomness_inside_a_block(method: str) -> None:
     model = network(method, tiny())
-    model.blocks[2].mlp.register_forward_hook(lambda module, arguments, output: F.dropout(output, 0.1))
+    model.blocks[2].mlp.fc2.register_forward_hook(lambda module, arguments, output: F.dropout(output, 0.1))
     assert not same_with_checkpointing(model)
 
 
@@ -114,10 +119,10 @@ def test_checkpointing_runs_every_block_again(method: str) -> None:
     calls: list[nn.Module] = []
     model = network(method, tiny())
     for block in model.blocks:
-        block.mlp.register_forward_hook(lambda module, arguments, output: calls.append(module))
+        block.mlp.fc2.register_forward_hook(lambda module, arguments, output: calls.append(module))
     checkpoint_blocks(model)
     outputs_and_gradients(model)
-    assert [calls.count(block.mlp) for block in model.blocks] == [2] * 8
+    assert [calls.count(block.mlp.fc2) for block in model.blocks] == [2] * 8
 
 
 @every_method
@@ -151,7 +156,7 @@ def test_samples_are_independent(method: str, backbone: Backbone) -> None:
 )
 def test_the_independence_test_catches_a_sum_over_the_batch(method: str, mixing: Callable[[Tensor], Tensor]) -> None:
     model = network(method, tiny())
-    model.blocks[3].mlp.register_forward_hook(lambda module, arguments, output: mixing(output))
+    model.blocks[3].mlp.fc2.register_forward_hook(lambda module, arguments, output: mixing(output))
     assert batch_dependence(model) > 1e-5
 
 
@@ -163,7 +168,7 @@ def draws_by_itself(model: DiT) -> bool:
     model.train()
     before = torch.get_rng_state()
     x, t, y = inputs(model.backbone)
-    model.training_forward(x, t, y, model.plan(0), model.draw(Keys(0, 0, torch.arange(3))))
+    model.training_forward(x, t, y, model.training_plans()[0][1], drawn_for(model))
     return not torch.equal(before, torch.get_rng_state())
 
 
@@ -175,7 +180,7 @@ def test_networks_draw_nothing(method: str) -> None:
 @every_method
 def test_the_draws_test_catches_dropout(method: str) -> None:
     model = network(method, tiny())
-    model.blocks[0].mlp.register_forward_hook(lambda module, arguments, output: F.dropout(output, 0.1))
+    model.blocks[0].mlp.fc2.register_forward_hook(lambda module, arguments, output: F.dropout(output, 0.1))
     assert draws_by_itself(model)
 
 
@@ -183,9 +188,10 @@ def test_the_draws_test_catches_dropout(method: str) -> None:
 def test_label_drop_replaces_the_label_by_the_null_class(method: str) -> None:
     model, (x, t, _) = network(method, tiny()), inputs(tiny())
     y, drop = torch.tensor([1, 2, 3]), torch.tensor([False, True, False])
-    dropped = model(x, t, y, draws={"label_drop": drop})
-    assert torch.equal(dropped, model(x, t, torch.tensor([1, 10, 3])))
-    assert distance(dropped, model(x, t, y)) > 1e-2
+    draws, none = drawn_for(model), torch.zeros(3, dtype=torch.bool)
+    dropped = model(x, t, y, draws={**draws, "label_drop": drop})
+    assert torch.equal(dropped, model(x, t, torch.tensor([1, 10, 3]), draws={**draws, "label_drop": none}))
+    assert distance(dropped, model(x, t, y, draws={**draws, "label_drop": none})) > 1e-2
 
 
 @every_method
@@ -204,8 +210,8 @@ def test_draws_are_named_by_sample_and_drop_the_asked_share(method: str, rate: f
 @every_method
 def test_training_forward_is_the_forward_pass(method: str) -> None:
     model, (x, t, y) = network(method, tiny()), inputs(tiny())
-    draws = model.draw(Keys(0, 0, torch.arange(3)))
-    outputs, features = model.training_forward(x, t, y, model.plan(0), draws)
+    draws = drawn_for(model)
+    outputs, features = model.training_forward(x, t, y, model.training_plans()[0][1], draws)
     output, weight = outputs["denoising"]
     assert weight == 1.0
     assert torch.equal(output, model(x, t, y, draws=draws))
@@ -222,7 +228,10 @@ def test_plans_are_hashable_and_name_the_default(method: str) -> None:
     conditional, unconditional = model.guidance_plans(500)
     assert conditional == model.plan(500)
     assert isinstance(unconditional, Plan)
-    assert torch.equal(model(*inputs(tiny()), plan=model.plan(0)), model(*inputs(tiny())))
+    (x, t, y), plan = inputs(tiny()), model.training_plans()[0][1]
+    assert torch.equal(model(x, t, y, plan), model(x, t, y))
+    together = torch.full_like(t, 500)
+    assert distance(model(x, together, y, model.plan(500)), model(x, together, y)) < 1e-5
 
 
 # Building ------------------------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ def test_bfloat16_autocast_runs_and_stays_close(method: str) -> None:
     model, batch = network(method, tiny()), inputs(tiny())
     streams = []
     for block in model.blocks:
-        block.register_forward_hook(lambda block, given, stream: streams.append(stream.dtype))
+        block.register_forward_hook(lambda block, given, stream: streams.append(stream[0].dtype))  # or of a tuple's first
     with torch.autocast("cpu", torch.bfloat16):
         half = model(*batch)
     assert set(streams) == {torch.float32}  # the residual stream is never rounded, whatever the products are
@@ -290,6 +299,7 @@ def test_impossible_sizes_are_refused(name: str, latent_size: tuple[int, int], s
 GOLDEN_LOSSES: Mapping[str, list[float]] = {
     "dense": [2.139690, 1.806892, 1.652509, 1.381263],
     "sparsedit": [2.168479, 1.745558, 1.503497, 1.386658],
+    "dydit": [4.251235, 3.501375, 3.249253, 2.904236],
 }
 """Losses of `train_shortly`, recorded on the CPU with torch 2.13."""
 
@@ -302,9 +312,10 @@ def train_shortly(method: str, seed: int = 0, loss_step: Callable[[DiT], Any] = 
     for step in range(4):
         keys = Keys(seed, step, torch.arange(8))
         noised = objective.noised(0.5 * normal(keys, "latent", (4, 16, 16)), keys, range(1000))
-        y, plan = integers(keys, "label", 10), model.plan(0)
-        outputs, _ = model.training_forward(noised.x_t, noised.t, y, plan, model.draw(keys))
-        loss = objective.losses(outputs["denoising"][0], noised)["loss"].mean()
+        y, plan = integers(keys, "label", 10), model.training_plans()[0][1]
+        outputs, features = model.training_forward(noised.x_t, noised.t, y, plan, model.draw(keys))
+        losses_of = [weight * objective.losses(output, noised)["loss"].mean() for output, weight in outputs.values()]
+        loss = torch.stack([*losses_of, *model.extra_losses(features, 1000).values()]).sum()
         optimizer.zero_grad()
         loss.backward()
         loss_step(model)

@@ -228,6 +228,8 @@ ROUTES = {
     "dense": ("dense", "dense"),
     "sparsedit": ("sparsedit", "sparsedit"),
     "conversion": ("dense", "sparsedit"),
+    "dydit": ("dydit", "dydit"),
+    "dydit from dense": ("dense", "dydit"),
 }
 every_route = pytest.mark.parametrize(("source", "target"), ROUTES.values(), ids=ROUTES)
 
@@ -249,7 +251,8 @@ def test_an_added_key_is_refused(source: str, target: str, released: bool) -> No
 def test_a_missing_key_is_refused(source: str, target: str) -> None:
     """Whichever it is; the position table alone is a formula and need not stand in a file."""
     state, plan = source_and_plan(source, target)
-    told = {"blocks.0.attn.qkv.weight", "blocks.5.merged_layer1.weight"}  # these say what the checkpoint is
+    # These say what the checkpoint is.
+    told = {"blocks.0.attn.qkv.weight", "blocks.5.merged_layer1.weight", "blocks.0.attn_rate.router.weight"}
     for key in sorted(state.keys() - {"pos_embed"} - told):
         without = {name: value for name, value in state.items() if name != key}
         assert key in refusal(without, plan), key
@@ -296,9 +299,10 @@ def test_foreign_weights_are_refused() -> None:
 
 
 @pytest.mark.parametrize("layout", ["SparseDiT", "released SparseDiT"])
-def test_a_checkpoint_of_another_method_is_refused(layout: str) -> None:
+@pytest.mark.parametrize("target", ["dense", "dydit"])
+def test_a_checkpoint_of_another_method_is_refused(layout: str, target: str) -> None:
     state = export(network("sparsedit", tiny()), layout)
-    message = refusal(state, blueprint("dense", tiny(), {}))
+    message = refusal(state, blueprint(target, tiny(), {}))
     assert "holds a sparsedit network" in message
     assert "--method sparsedit" in message
 

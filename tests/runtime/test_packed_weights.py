@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import METHODS, DiT
+from models.slices import SliceableLinear
 from runtime.config import InputError
 from runtime.execution import Execution, ExecutionSettings, Executor, resolve_execution
 from runtime.packed_weights import can_pack
@@ -39,8 +40,10 @@ def test_packed_weights_are_the_same_products(method: str, count: int) -> None:
     expected = predictions(model, plain(model), count)
     assert distance(predictions(model, packed, count), expected) < 1e-5
     layers = [layer for layer in packed.network.modules() if isinstance(layer, nn.Linear)]
-    assert {layer.weight.layout for layer in layers} == {torch._mkldnn}  # type: ignore[attr-defined]
-    assert packed.network.macs() == model.macs()
+    for layer in layers:
+        multiplied = layer.slice((0,)) if isinstance(layer, SliceableLinear) else layer
+        assert multiplied.weight.is_mkldnn
+    assert packed.network.mean_macs() == model.mean_macs()
     layers[-1].bias.data += 1e-3  # planted
     assert distance(predictions(model, packed, count), expected) > 1e-5
 

@@ -142,6 +142,10 @@ def impossible() -> list[tuple[str, str]]:
         ("sample_count", "0"),
         ("sample_every", "-1"),
         ("non_finite_limit", "0"),
+        ("timestep_strata", "0"),
+        ("timestep_strata", "3"),
+        ("skip_gradient_norm", "0"),
+        ("skip_gradient_norm", "nan"),
     ]
     return [*zero, *shares, *rates, ("max_steps", "0"), *rest, *more]
 
@@ -150,6 +154,14 @@ def impossible() -> list[tuple[str, str]]:
 def test_values_that_no_run_can_use(name: str, value: str) -> None:
     flag = "--" + name.replace("_", "-")
     assert flag in refusal(f"{flag}={value}")
+
+
+def test_strata_that_do_not_divide() -> None:
+    assert "timestep-strata is 4; it must divide the 1000 timesteps and --global-batch-size, 6" in refusal(
+        "--method", "dydit", "--global-batch-size", "6"
+    )
+    assert "it must divide the 1000 timesteps" in refusal("--timestep-strata", "16")
+    check(TrainingSettings(timestep_strata=8))
 
 
 def test_possible_values_pass() -> None:

@@ -109,7 +109,7 @@ def test_the_count_notices(
 
 
 def test_torch_is_told_nothing_where_nothing_is_compiled() -> None:
-    plans = [(range(place, place + 1), Plan(("sparse grid", place, place))) for place in range(20)]
+    plans = [Plan(("sparse grid", place, place)) for place in range(20)]
     plugin = SimpleNamespace(backend=DynamoBackend.NO, dynamic=None)
     accelerator: Any = SimpleNamespace(state=SimpleNamespace(dynamo_plugin=plugin))
     with torch._dynamo.config.patch(recompile_limit=3):
