@@ -225,6 +225,9 @@ class DiT(nn.Module):
         x (N, C, H, W), t (N,), y (N,) are what the network will see.
         """
 
+    def forget(self) -> None:
+        """Frees what passes have left to be used again by others: here nothing."""
+
     @classmethod
     def recognize(cls, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Mapping[str, Any]] | None:
         """(layout name, options) when a checkpoint with these keys was made by this method, else None."""

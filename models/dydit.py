@@ -201,6 +201,11 @@ class DyDiT(DiT):
             outputs["complete"] = (complete, 1.0)
         return outputs, features
 
+    def forget(self) -> None:
+        for block in self.blocks:
+            for layer in block.sliceable:
+                layer.forget()
+
     # Costs -----------------------------------------------------------------------------------------------------------
 
     def extra_losses(self, features: Mapping[str, Tensor], step: int | Tensor) -> dict[str, Tensor]:

@@ -183,12 +183,17 @@ class DynamicBlock(ModulatedBlock):
         attention = self.attn.qkv.slice(heads), self.attn.proj.slice(heads)
         return Slices(*attention, self.mlp.fc1.slice(channels), self.mlp.fc2.slice(channels))
 
+    @property
+    def sliceable(self) -> tuple[SliceableLinear, ...]:
+        """The layers that `slices` cuts from."""
+        return self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
+
     def compile_with(self, compiled: Callable[[Any], Any]) -> None:
         """How many heads, channels and tokens are on must not become a graph's constant, and no graph can hold the choice."""
         super().compile_with(compiled)
         self.attend, self.feed = compiled(self.attend), compiled(self.feed)  # type: ignore[method-assign]
         self.select = any_length(places_on)
-        for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+        for layer in self.sliceable:
             layer.lay_out = any_width
 
     def macs(self, tokens: int, full: int) -> int:

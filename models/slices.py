@@ -80,6 +80,10 @@ class SliceableLinear(nn.Linear):
             del self._slices[next(iter(self._slices))]
         return found
 
+    def forget(self) -> None:
+        """Frees the slices that are kept."""
+        self._slices = {}
+
     def macs(self, groups: int, positions: int) -> int:
         """Multiply-accumulates of so many groups at `positions` places."""
         return positions * self.weight.numel() // self.groups * groups

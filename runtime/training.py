@@ -159,6 +159,7 @@ class Trainer:
             log.scalars(step, values)
         if log and self.grid and step % settings.sample_every == 0:
             log.picture(step, "samples", self.grid(self.ema.network, step))
+        self.ema.network.forget()  # what sampling kept is memory, and of no use to the next weights
 
     def optimize(self) -> Tensor:
         """One optimizer step: forward and backward over this process's share, then the update. -> gradient norm ()
@@ -213,7 +214,7 @@ class Trainer:
         return self.data.batch_at(step, torch.arange(start, start + self.share), self.device)
 
     def _interval_at(self, position: int) -> int:
-        """The interval of `self.plans` from which the group of a position draws its timesteps at this step."""
+        """The interval of timesteps from which the group of a position draws its timesteps at this step."""
         if len(self.intervals) == 1:
             return 0
         group = group_of(position, self.settings.global_batch_size, self.groups)

@@ -159,3 +159,12 @@ def test_the_execution_lays_slices_out_again() -> None:
 
 def test_a_slice_computes_no_gradient() -> None:
     assert not any(part.requires_grad for active in SETS for part in layer_of("outputs").slice(active))
+
+
+def test_what_is_forgotten_is_cut_again() -> None:
+    layer = layer_of("outputs")
+    kept = layer.slice((0, 2))
+    layer.forget()
+    again = layer.slice((0, 2))
+    assert again is not kept
+    assert torch.equal(again.weight, kept.weight)
