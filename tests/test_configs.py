@@ -32,6 +32,8 @@ DYNAMIC = {
     "dydit-xl-2-256-f50": (0.5, 1_000, 30_000, 200_000, 1e-4, 200.0, "57.88 (dense: 118.69); the target is 59.19"),
     "dydit-xl-2-256-f70": (0.7, 5_000, None, 150_000, 2.5e-5, 50.0, "84.33 (dense: 118.69); the target is 82.87"),
     "dydit-b-2-256-f50": (0.5, 1_000, 0, 100_000, 1e-4, 200.0, ""),
+    "dydit-b-2-256-f70": (0.7, 5000, None, 100_000, 2.5e-5, 50.0, ""),
+    "dydit-s-2-256-f70": (0.7, 5000, None, 50_000, 2.5e-5, 50.0, ""),
     "dydit-s-2-256-f50": (0.5, 1_000, 0, 50_000, 1e-4, 200.0, ""),
 }
 """DyDiT's trainings: target, warm-up, steps of the second pass, steps, rate, largest gradient norm, GMACs told of."""
