@@ -36,7 +36,7 @@ from runtime.config import ArgumentParser, InputError, run_script
 from runtime.files import atomic_write, check_writable, write_json
 from runtime.networks import mean_gmacs, method_name
 from runtime.sampling import Checkpoint, SamplingSettings, density_text, load_checkpoint, picture_grid, sample_latents
-from runtime.work_report import flops_ratio
+from runtime.work_report import measured_ratio
 
 COUNT, BATCH = 600, 200
 GUIDANCE, STEPS = 1.5, "50"
@@ -83,7 +83,8 @@ def run_stage(title: str, script: str, arguments: Sequence[object]) -> None:
     started = time.perf_counter()
     code = subprocess.run(words, cwd=ROOT).returncode
     if code != 0:
-        print(f"demo.py: the stage {title!r} failed with exit code {code}; `python demo.py` goes on from what is done.",
+        print(f"demo.py: the stage {title!r} failed with exit code {code}; `python demo.py`, with the same --method and "
+              "without --fresh, goes on from what is done.",
               file=sys.stderr)  # fmt: skip
         sys.exit(1)
     print(f"   ({time.perf_counter() - started:.0f} s)", flush=True)
@@ -124,8 +125,8 @@ def compare(runs: Sequence[Path], samples: Sequence[Path]) -> list[Row]:
         distance = frechet_distance(statistics_of(vectors), statistics_of(digits.data))
         cost, ratio, target = mean_gmacs(network, timesteps), None, None
         if network.work is not None:  # what passed while the speed was measured
-            cost, ratio = network.work.macs / network.work.passes / 1e9, flops_ratio(network, network.work)
-            target = network.options.flops_target
+            cost, ratio = network.work.macs / network.work.passes / 1e9, measured_ratio(network, network.work)
+            target = network.flops_target
         rows.append(Row(row_name(network), cost, speed, distance, agreement, density_text(network), ratio, target))
     return rows
 
@@ -143,7 +144,8 @@ def show(rows: Sequence[Row]) -> str:
         *density_notes([row for row in rows if row.density is not None]),
         *(
             f"{row.name}: {row.flops_ratio:.1%} of the dense network's attention and MLP were computed, {row.flops_target:.0%} "
-            f"were trained for;\nratio and GMACs/pass are counted over the {STEPS} steps."
+            f"were trained for,\ncounted over the {STEPS} steps as is GMACs/pass, of everything: {row.gmacs / dense.gmacs:.1%} "
+            "of the dense network's."
             for row in rows
             if row.flops_ratio is not None
         ),

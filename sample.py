@@ -58,10 +58,10 @@ def sample(settings: GridSettings) -> None:
     codec, checkpoint = load_codec(spec, device), checkpoint.build()
     network = checkpoint.network
     predict = Executor(network, execution)
-    print("\n".join((*checkpoint.lines(settings), *execution.lines())), flush=True)
+    print("\n".join((*checkpoint.lines(settings), *predict.execution.lines())), flush=True)
     labels = torch.tensor([label for label in chosen for _ in range(settings.per_class)])
     pictures: list[torch.Tensor] = []
-    first = FirstPictures(execution)
+    first = FirstPictures(predict.execution)
     for start in range(0, len(labels), settings.batch_size):
         index = torch.arange(start, min(len(labels), start + settings.batch_size))
         latents = sample_latents(network, settings, labels[index], index, settings.seed, device, predict)

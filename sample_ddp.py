@@ -89,6 +89,7 @@ def sample(settings: SampleSettings) -> None:
     checkpoint = checkpoint.build()
     network = checkpoint.network
     executor = Executor(network, execution)
+    execution = executor.execution
     target = Path(settings.sample_dir, settings.sample_name or sample_name(settings, checkpoint))
     held, record, counted = None, dict[str, Any](), network.work
     if state.is_main_process:
@@ -111,12 +112,14 @@ def sample(settings: SampleSettings) -> None:
     added = gather_work(network)  # waits for everyone
     state.wait_for_everyone()
     if state.is_main_process:
+        if counted is not None and added is not None:
+            counted.add(added)
+            save_work(counted, target / WORK)  # at once: who packs again samples nothing that could be counted
         packed = Path(f"{target}.npz")
         index = torch.arange(settings.num_fid_samples)
         labels = draw_labels(settings.labels, network.backbone.num_classes, settings.seed, index).numpy()
         pack_pictures(target, settings.num_fid_samples, (checkpoint.image_size,) * 2, packed, labels)
-        if counted is not None and added is not None:
-            counted.add(added)
+        if counted is not None:
             report_work(network, counted, target, record | costs(network, settings, counted))
         print(f"{packed}: arr_0 ({settings.num_fid_samples}, {checkpoint.image_size}, {checkpoint.image_size}, 3) uint8, "
               f"arr_1 the labels; protocol in {target}.json")  # fmt: skip
@@ -237,9 +240,13 @@ def costs(network: DiT, settings: SampleSettings, counted: Work | None) -> dict[
 
 
 def report_work(network: DiT, counted: Work, target: Path, record: Mapping[str, Any]) -> None:
-    """Prints, keeps, draws and records what all runs that filled the set have counted."""
-    print("\n".join(work_lines(network, counted)))
-    save_work(counted, target / WORK)
+    """Prints, draws and records what all runs that filled the set have counted."""
+    lines = work_lines(network, counted)
+    if not lines:
+        lines = ["nothing is measured: the runs that made these pictures were ended before they could say"]
+    elif counted.passes < record["passes_per_picture"] * record["count"]:
+        lines.append(f"  these are not all passes of {record['count']:,} pictures: a run that is ended early leaves no counts")
+    print("\n".join([*lines, f"what was on, layer by timestep: {target}.kept.png"][: None if counted.passes else 1]))
     record_work(network, counted, Path(f"{target}.kept.png"))
     write_json(target / PROTOCOL, record)
     write_json(Path(f"{target}.json"), record)

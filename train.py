@@ -61,7 +61,7 @@ from runtime.sampling import SamplingSettings, picture_grid, sample_latents
 from runtime.seeding import Keys, integers
 from runtime.settings import TrainingSettings, parse_training
 from runtime.training import Trainer
-from runtime.work_report import flops_ratio, probe, record_work
+from runtime.work_report import measured_ratio, probe, record_work
 
 
 class TrainingData:
@@ -135,6 +135,13 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         raise InputError(f"{resume}: the checkpoint's header is damaged; copy the file again.")
     groups = number_of_groups(settings.density_groups, groups_before, len(network.training_plans()), shares)
     settings = replace(settings, density_groups=groups)
+    share = settings.global_batch_size // shares
+    if share % settings.timestep_strata:
+        raise InputError(
+            f"{share} samples are computed at once (batch {settings.global_batch_size} / {shares}), in which the "
+            f"--timestep-strata {settings.timestep_strata} have no equal parts; give a larger --global-batch-size, fewer "
+            "--gradient-accumulation steps, or --timestep-strata 1."
+        )
     if len(network.training_plans()) > 1 and settings.timestep_strata > 1:
         raise InputError("--timestep-strata is for networks with one token count, and this density has several: its density "
                          "groups spread the timesteps; leave the flag out.")  # fmt: skip
@@ -216,7 +223,7 @@ def opening_lines(prepared: Prepared, network: DiT, trainer: Trainer, execution:
     settings, accelerator = prepared.settings, trainer.accelerator
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     yield summary(network, settings.model)
-    yield from network.training_lines()
+    yield from network.training_lines(trainer.last_step)
     yield from density_lines(network, settings.model, SamplingSettings().num_sampling_steps)
     yield prepared.features.describe()
     yield (
@@ -297,7 +304,7 @@ def work_meter(device: torch.device, run: Path) -> Callable[[DiT], Mapping[str, 
     def measure(network: DiT) -> Mapping[str, float]:
         work = probe(network, device)
         record_work(network, work, run / "kept.png")
-        return {"flops_ratio/sampled": flops_ratio(network, work)}
+        return {"flops_ratio/sampled": measured_ratio(network, work)}
 
     return measure
 
@@ -326,9 +333,15 @@ def export(arguments: list[str]) -> None:
         save_checkpoint(chosen.output, network.state_dict(), kept)
     else:
         save_state(chosen.output, export_state(network, network.released_layout))
-        if network.options != type(network).resolve(network.options_type(), network.backbone):
-            print("This layout holds no options; whoever loads it must know " + ", ".join(
-                f"{name} {value}" for name, value in header["network"]["options"].items()))  # fmt: skip
+        default = type(network).resolve(network.options_type(), network.backbone)
+        told = {
+            name: value
+            for name, value in header["network"]["options"].items()
+            if name not in network.training_options and value != to_mapping(default)[name]
+        }
+        if told:
+            whole = ", ".join(f"{name} {value}" for name, value in header["network"]["options"].items())
+            print(f"This layout holds no options; whoever loads it must know {whole}")
     print(f"{chosen.output}: {'raw' if chosen.raw else 'averaged'} weights of step {header['step']}, {chosen.layout} layout")
 
 
@@ -352,7 +365,7 @@ def plan(arguments: list[str]) -> None:
         raise InputError(f"--output: --method {settings.method} has no token density to draw; leave the flag out.")
     if chosen.output:
         check_new_file(chosen.output, "--output")
-    costs = *network.training_lines(), *density_lines(network, settings.model, steps)
+    costs = *network.training_lines(settings.max_steps), *density_lines(network, settings.model, steps)
     print("\n".join((summary(network, settings.model), *costs)))
     if chosen.output:
         draw_density(network, Path(chosen.output), steps)

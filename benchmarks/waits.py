@@ -21,8 +21,7 @@ from benchmarks.options import recorded
 from benchmarks.result import Work, heading, rows_of, table
 from benchmarks.sampling import best
 from benchmarks.timing import interleaved
-from models import METHODS
-from models.dynamic_block import DynamicBlock
+from models import METHODS, DiT
 from runtime.config import InputError, option
 from runtime.execution import resolve_execution
 from runtime.logs import say
@@ -43,7 +42,7 @@ def measure(settings: WaitSettings) -> dict[str, Any]:
     """Seconds of a round's passes with our execution, where blocks choose and where they are told."""
     timesteps, device, batch = timesteps_of(settings), choose_device(settings.device), settings.batch_size
     execution, blueprints = resolve_execution(settings, device), settings.blueprints()
-    if blueprints[1].work is None:
+    if not choosing(blueprints[1]):
         raise InputError(f"--method {settings.method} chooses nothing while it runs, so no host waits; try --method dydit.")
     for line in execution.lines():
         say(line)
@@ -51,7 +50,7 @@ def measure(settings: WaitSettings) -> dict[str, Any]:
         competing = contestants(blueprints, execution, lambda network: forward.inputs(network, batch, timesteps, device))
         contestant = best(competing, settings.method)[1]
         run = forward.run_of(contestant, batch, timesteps, device)
-        blocks = [block for block in contestant.network.modules() if isinstance(block, DynamicBlock)]
+        blocks = choosing(contestant.network)
         timings = interleaved({CHOSEN: run, TOLD: told(blocks, run)}, settings.rounds, device)
     timings = {name: timing.part(len(timesteps)) for name, timing in timings.items()}
     return {
@@ -61,7 +60,12 @@ def measure(settings: WaitSettings) -> dict[str, Any]:
     }
 
 
-def told(blocks: Sequence[DynamicBlock], run: Callable[[], None]) -> Callable[[], None]:
+def choosing(network: DiT) -> list[Any]:
+    """The blocks that choose tokens: by `select`, logits (N, T) -> places (M,)."""
+    return [block for block in network.blocks if hasattr(block, "select")]
+
+
+def told(blocks: Sequence[Any], run: Callable[[], None]) -> Callable[[], None]:
     """`run` with the tokens that it chooses now, in every block and pass, given to it."""
     chosen: list[list[Tensor]] = [[] for _ in blocks]
     with selecting(blocks, [watched(block.select, places) for block, places in zip(blocks, chosen, strict=True)]):
@@ -75,7 +79,7 @@ def told(blocks: Sequence[DynamicBlock], run: Callable[[], None]) -> Callable[[]
 
 
 @contextmanager
-def selecting(blocks: Sequence[DynamicBlock], choices: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def selecting(blocks: Sequence[Any], choices: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Within it, blocks choose by these."""
     own = [block.select for block in blocks]
     for block, choose in zip(blocks, choices, strict=True):

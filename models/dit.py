@@ -124,6 +124,8 @@ class DiT(nn.Module):
     blocks: Sequence[ModulatedBlock]
     work: Work | None = None
     """Counts what passes computed where that depends on what they saw; None: a plan says it all."""
+    training_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that training alone reads."""
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Training settings the method's paper changes; below a YAML file and flags in precedence."""
 
@@ -167,6 +169,11 @@ class DiT(nn.Module):
         return sum(block.macs(self.backbone.tokens, self.backbone.tokens) for block in self.blocks)
 
     @property
+    def flops_target(self) -> float | None:
+        """The share of the dense backbone's attention and MLP that training leaves on; None where plans decide it."""
+        return None
+
+    @property
     def density(self) -> TokenDensity | None:
         """The sparse grid of every timestep; None where the method has none."""
         return None
@@ -182,7 +189,8 @@ class DiT(nn.Module):
 
     def guidance_plans(self, t: int) -> tuple[Plan, Plan]:
         """Plans of the conditional and the unconditional half; equal plans let both halves run as one batch."""
-        return self.plan(t), self.plan(t)
+        plan = self.plan(t)
+        return plan, plan
 
     def training_plans(self, step: int = 0) -> Sequence[tuple[range, Plan]]:
         """Intervals of timesteps, together 0 .. 999 in order, and the plan of a training pass within each.
@@ -196,8 +204,8 @@ class DiT(nn.Module):
         """The training steps from which on `training_plans` has other plans, ascending, the first 0."""
         return [0]
 
-    def training_lines(self) -> list[str]:
-        """What is said before a training of its own terms, beside the cost of a pass."""
+    def training_lines(self, steps: int | None = None) -> list[str]:
+        """What is said before a training of `steps` steps (None: nobody knows) of its own terms, beside the cost of a pass."""
         return []
 
     def draw(self, keys: Keys) -> dict[str, Tensor]:

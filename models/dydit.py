@@ -55,6 +55,7 @@ class DyDiT(DiT):
 
     options_type: ClassVar[type] = DyDiTOptions
     released_layout: ClassVar[str] = "released DyDiT"
+    training_options: ClassVar[frozenset[str]] = frozenset({"flops_target", "target_warmup", "complete_steps"})
     recipe: ClassVar[Mapping[str, Any]] = {"max_steps": 200_000, "timestep_strata": 4, "skip_gradient_norm": 200.0}
     blocks: Sequence[DynamicBlock]
     work: Work
@@ -74,6 +75,12 @@ class DyDiT(DiT):
             raise InputError(f"the MLP's channels do not fall into {backbone.num_heads} equal groups; choose another --model.")
         if not 0 < options.flops_target <= 1:
             raise InputError(f"--flops-target is {options.flops_target}; it must be above 0 and at most 1.")
+        least = least_ratio(backbone)
+        if options.flops_target < least:
+            raise InputError(
+                f"--flops-target is {options.flops_target}; one of {backbone.num_heads} heads in every layer is always on, "
+                f"which is {least:.3f} already: give more than that, or a --model of more heads."
+            )
         for name in ("target_warmup", "complete_steps"):
             value = getattr(options, name)
             if value is not None and value < 0:
@@ -93,6 +100,10 @@ class DyDiT(DiT):
                 assert isinstance(router, nn.Linear)
                 nn.init.zeros_(router.weight)
                 nn.init.constant_(router.bias, bias)
+
+    @property
+    def flops_target(self) -> float:
+        return self.options.flops_target
 
     # Plans -----------------------------------------------------------------------------------------------------------
 
@@ -115,13 +126,22 @@ class DyDiT(DiT):
         embedded = F.silu(exact(first, self.t_embedder.sinusoids(torch.arange(TIMESTEPS)).double()))  # (1000, D)
         embedded = exact(second, embedded)  # (1000, D)
         always = torch.ones(TIMESTEPS, 1, dtype=torch.bool)
-        on = [torch.cat((always, exact(router, embedded) > 0), dim=1).tolist() for router in routers]  # each (1000, groups)
+        logits = [exact(router, embedded) for router in routers]  # each (1000, groups - 1)
+        self._check_routers(logits)
+        on = [torch.cat((always, one > 0), dim=1).tolist() for one in logits]  # each (1000, groups)
         plans, known = [], dict[Any, Any]()
         for t in range(TIMESTEPS):
             sets = [tuple(group for group, there in enumerate(layer[t]) if there) for layer in on]
             selection = tuple(zip(sets[::2], sets[1::2], strict=True))
             plans.append(Plan(("sliced",), selection=known.setdefault(selection, selection), timestep=t))
         return plans
+
+    def _check_routers(self, logits: Sequence[Tensor]) -> None:
+        """InputError where a router's weights are not finite: it would say "off" and leave no trace in the pictures."""
+        heads = [layer for block in self.blocks for layer in block.token_selection.mlp_head if isinstance(layer, nn.Linear)]
+        tokens = [weight.detach() for layer in heads for weight in (plain_weight(layer), layer.bias)]
+        if not all(bool(values.isfinite().all()) for values in (*logits, *tokens)):
+            raise InputError("the routers' weights hold numbers that are not finite; give another checkpoint.")
 
     def training_plans(self, step: int = 0) -> Sequence[tuple[range, Plan]]:
         complete = self.options.complete_steps
@@ -130,13 +150,15 @@ class DyDiT(DiT):
     def training_stages(self) -> Sequence[int]:
         return [0] if self.options.complete_steps in (0, None) else [0, self.options.complete_steps]
 
-    def training_lines(self) -> list[str]:
+    def training_lines(self, steps: int | None = None) -> list[str]:
         target, warmup, complete = astuple(self.options)
         whole = self._width_macs(self.everything) / 1e9
         when = f"reached at step {warmup:,}" if warmup else "from the first step"
         lines = [
             f"target {target:g} of attention and MLP, {when}: {target * whole:.4g} of {whole:.4g} GMACs per image and pass"
         ]
+        if steps is not None and warmup >= steps:
+            lines.append(f"WARNING: this training ends at step {steps:,}, before it reaches its target; lower --target-warmup.")
         if complete != 0:
             until = "throughout" if complete is None else f"until step {complete:,}"
             lines.append(f"two passes a training step {until}: the second one has everything on")
@@ -308,7 +330,18 @@ def flops_ratio(heads: Tensor, channels: Tensor, tokens: Tensor, attention: floa
     return on.mean(1) / (attention + mlp)
 
 
+def least_ratio(backbone: Backbone) -> float:
+    """The FLOPs ratio with one head on, and no token."""
+    tokens, width = backbone.tokens, backbone.hidden_size
+    attention, mlp = 4 * width**2 + 2 * tokens * width, 2 * width * int(width * backbone.mlp_ratio)
+    return attention / backbone.num_heads / (attention + mlp)
+
+
 def exact(layer: nn.Linear, x: Tensor) -> Tensor:
     """A Linear in float64 on the CPU, whatever its weights are laid out for. x (..., inputs) -> (..., outputs)"""
-    weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
-    return F.linear(x, weight.detach().cpu().double(), layer.bias.detach().cpu().double())
+    return F.linear(x, plain_weight(layer).detach().cpu().double(), layer.bias.detach().cpu().double())
+
+
+def plain_weight(layer: nn.Linear) -> Tensor:
+    """The weight (outputs, inputs) of a Linear, packed or not."""
+    return layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight

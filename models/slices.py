@@ -27,24 +27,36 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class Snapshot:
-    """Tells later whether tensors are what they were: the same objects, where they were, and not written to since.
+    """Tells later whether tensors are what they were: the same objects, in the same memory, and not written to since.
 
-    As autograd's checks, it does not see what is written in place through `.data`.
+    As autograd's checks, it does not see what is written in place through `.data`, nor into inference mode's own tensors.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)  # held: another tensor must not take the place of one that is gone
-        self._state = self._now()
+        self._tensors = list(tensors)
+        # They keep the memory from being given to others as long as its address is compared.
+        self._there = [one.detach() for one in tensors]
+        self._versions = [version(one) for one in tensors]
+        self._steps = _optimizer_steps
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        same = len(tensors) == len(self._tensors) and all(map(lambda one, was: one is was, tensors, self._tensors))
-        return same and self._now() == self._state
+        if self._steps != _optimizer_steps or len(tensors) != len(self._tensors):
+            return False
+        known = zip(tensors, self._tensors, self._there, self._versions, strict=True)
+        return all(now is then and version(now) == was and in_place_of(now, there) for now, then, there, was in known)
 
-    def _now(self) -> list[Any]:
-        # One that is packed lies nowhere that torch tells, and nobody moves it.
-        places = (0 if one.is_mkldnn else one.data_ptr() for one in self._tensors)
-        state = ((one._version, place, one.dtype, one.device) for one, place in zip(self._tensors, places, strict=True))
-        return [_optimizer_steps, *state]
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as torch counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def in_place_of(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both are one memory, read alike."""
+    if tensor.dtype != other.dtype or tensor.device != other.device:
+        return False
+    # A packed one lies nowhere that torch tells, and nobody moves it.
+    return tensor.is_mkldnn or tensor.data_ptr() == other.data_ptr()
 
 
 class Slice(NamedTuple):

@@ -122,7 +122,10 @@ def _accounted(rules: DenseRules, layout: str, ours: Shapes, theirs: Shapes, squ
     if unsourced or absent or unused or misshapen:
         parts = [("missing", [*absent, *unsourced]), ("not expected", unused), ("of another shape", misshapen)]
         difference = "; ".join(f"{name}: {_listed(keys)}" for name, keys in parts if keys)
-        raise InputError(f"the checkpoint ({layout} layout) does not fit the network: {difference}.")
+        raise InputError(
+            f"the checkpoint ({layout} layout) does not fit the network: {difference}; give the --model it was made with, or "
+            "copy the file again."
+        )
     ordered = tuple(key for key in ours if key in new)
     return LoadingPlan(layout, sources, ordered, tuple(sorted(dropped, key=str)), tuple(notes), tuple(warnings))
 

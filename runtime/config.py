@@ -198,13 +198,17 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    def add_config(self, cls: type, title: str | None = None) -> None:
-        """One flag per field of the dataclass `cls`. Flags that are not given leave no trace in the parsed namespace."""
+    def add_config(self, cls: type, title: str | None = None, defaults: Mapping[str, Any] | None = None) -> None:
+        """One flag per field of the dataclass `cls`. Flags that are not given leave no trace in the parsed namespace.
+
+        `defaults` are shown in place of the dataclass's own.
+        """
         group = self.add_argument_group(title) if title else self
         annotations = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             flags = ["--" + field.name.replace("_", "-"), *field.metadata.get("flags", ())]
-            text = f"{field.metadata.get('help', '')} (default: {_shown(field.default)})".replace("%", "%%").strip()
+            default = _shown((defaults or {}).get(field.name, field.default))
+            text = f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%").strip()
             if annotations[field.name] in (bool, bool | None):
                 action: Any = argparse.BooleanOptionalAction
                 group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, action=action, help=text)

@@ -153,7 +153,10 @@ class Executor:
 
     def __init__(self, network: DiT, execution: Execution) -> None:
         # A pass whose sizes depend on what it sees cannot be recorded.
-        execution = replace(execution, cuda_graphs=execution.cuda_graphs and network.work is None)
+        if execution.cuda_graphs and network.work is not None:
+            note = "CUDA graphs are off: the sizes of this network's products depend on what it sees."
+            note = note if execution.note is None else f"{execution.note} {note}"
+            execution = replace(execution, cuda_graphs=False, note=note)
         self.network, self.execution = network.to(execution.device), execution
         set_numerics(execution.precision != "fp32")
         if execution.precision in HALF:

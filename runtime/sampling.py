@@ -150,7 +150,8 @@ def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint
     Interval.of(settings.guidance_interval)
     NoiseSchedule.linear().respaced(settings.num_sampling_steps)
     asked_codec = resolve_codec(settings.vae) if settings.vae else None
-    checkpoint = read_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema")
+    factor = asked_codec.factor if asked_codec else LATENT_FACTOR
+    checkpoint = read_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema", factor)
     method = method_name(checkpoint.network)
     if settings.method not in (None, method):
         raise InputError(
@@ -199,9 +200,12 @@ def choose_checkpoint(settings: CheckpointSettings) -> str:
     return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
-def read_checkpoint(path: str, model: str | None, image_size: int | None, averaged: bool = True) -> Checkpoint:
+def read_checkpoint(
+    path: str, model: str | None, image_size: int | None, averaged: bool = True, factor: int = LATENT_FACTOR
+) -> Checkpoint:
     """Facts and weights of a checkpoint: of ours from its header, of a released one from its keys, `model` and size.
 
+    `factor` is that of a released one's autoencoder, picture side / latent side.
     Raises InputError when flags and checkpoint contradict each other.
     """
     weights = read_weights(path, averaged)
@@ -210,13 +214,14 @@ def read_checkpoint(path: str, model: str | None, image_size: int | None, averag
         model, side = model or "DiT-XL/2", latent_side(weights)
         if side is None and image_size is None:
             raise InputError(f"{path} does not say its picture size; give --image-size.")
-        there = image_size if side is None else side * LATENT_FACTOR
+        there = image_size if side is None else side * factor
         if image_size not in (None, there):
-            raise InputError(f"{path} holds a network for --image-size {there}, not {image_size}; correct the flag.")
+            raise InputError(f"{path} holds a network for --image-size {there} (latents 1/{factor} as wide), not {image_size}; "
+                             "correct the flag, or give the --vae it was trained with.")  # fmt: skip
         image_size = int(there or 0)
-        if image_size % LATENT_FACTOR:
-            raise InputError(f"--image-size {image_size} is not divisible by {LATENT_FACTOR}.")
-        plan = recognized(weights, model, (image_size // LATENT_FACTOR,) * 2)
+        if image_size % factor:
+            raise InputError(f"--image-size {image_size} is not divisible by {factor}.")
+        plan = recognized(weights, model, (image_size // factor,) * 2)
         fit_weights(weights, plan)
         return Checkpoint(plan, weights, path, model, image_size, None, None, None, "released")
     try:

@@ -207,7 +207,7 @@ def training_parser(method: type[DiT], prog: str) -> ArgumentParser:
         epilog="Underscores may stand for dashes in every flag.",
     )
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help="YAML file of settings; flags win over it")
-    parser.add_config(TrainingSettings)
+    parser.add_config(TrainingSettings, defaults=method.recipe)
     if fields(method.options_type):
         title = (
             "options of the method (those of --method); not given: as in the run that goes on, or in the checkpoint of ours "

@@ -148,15 +148,17 @@ class Trainer:
         saved = step % settings.checkpoint_every == 0 or step == self.last_step
         if logged or saved:
             self.settle()  # on every process at the same steps: what is found may end the run
-        values: dict[str, float] = {}
         if logged:
             values = self._averages(gradient_norm)
             bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}")
+            if log:
+                log.scalars(step, values)
         if log and saved and not self._spoilt:
             self.save()
-            values |= self.probe(self.ema.network) if self.probe else {}
-        if log and values:
-            log.scalars(step, values)
+            if self.probe:
+                log.scalars(step, self.probe(self.ema.network))
+        if log and step in self.network.training_stages()[1:]:
+            say(f"step {step}: the next stage of this training begins")
         if log and self.grid and step % settings.sample_every == 0:
             log.picture(step, "samples", self.grid(self.ema.network, step))
         self.ema.network.forget()  # what sampling kept is memory, and of no use to the next weights

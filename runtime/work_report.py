@@ -6,6 +6,7 @@ paper of DyDiT counts attention and MLP alone; "in full" is everything a pass co
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -41,7 +42,7 @@ def probe(network: DiT, device: torch.device, seed: int = 0) -> Work:
         network.work = own
 
 
-def flops_ratio(network: DiT, work: Work) -> float:
+def measured_ratio(network: DiT, work: Work) -> float:
     """The share of the dense backbone's attention and MLP that was computed, the mean over passes."""
     return work.block_macs / work.passes / dense_block_macs(network)
 
@@ -58,7 +59,7 @@ def work_record(network: DiT, work: Work) -> dict[str, Any]:
         "passes": work.passes,
         "gmacs_per_pass": work.macs / work.passes / 1e9,
         "attention_and_mlp_gmacs_per_pass": work.block_macs / work.passes / 1e9,
-        "flops_ratio": flops_ratio(network, work),
+        "flops_ratio": measured_ratio(network, work),
     }
 
 
@@ -71,7 +72,7 @@ def work_lines(network: DiT, work: Work) -> list[str]:
     return [
         f"measured over {work.passes:,} passes: {full:.4g} GMACs per image and pass in full ({full / dense:.1%} of the dense "
         f"backbone's {dense:.4g})",
-        f"  attention and MLP alone, as DyDiT's paper counts: {blocks:.4g} GMACs ({made['flops_ratio']:.1%} of the dense "
+        f"  attention and MLP alone, which FLOPs ratios are of: {blocks:.4g} GMACs ({made['flops_ratio']:.1%} of the dense "
         f"backbone's {dense_block_macs(network) / 1e9:.4g})",
     ]
 
@@ -103,8 +104,14 @@ def read_work(path: Path, depth: int) -> Work:
             work.images += counts["images"]
             for name, values in work.kept.items():
                 values += counts[name]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
-        raise InputError(f"{path} is damaged, and with it what was counted so far; delete it to count anew.") from None
+        kept = np.stack(list(work.kept.values()))
+        if min(work.macs, work.block_macs, work.images.min()) < 0 or not np.all((kept >= 0) & (kept <= work.images + 1e-6)):
+            raise ValueError("no counts")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, BadZipFile):
+        raise InputError(
+            f"{path} is damaged, and with it what was counted so far; delete it, and what is sampled from now on is counted "
+            "(nothing where the set is complete: another --sample-name counts anew)."
+        ) from None
     return work
 
 
@@ -118,14 +125,17 @@ def draw_work(network: DiT, work: Work, path: Path) -> None:
         return
     canvas, layers = new_canvas(path, 8, 7), np.arange(network.backbone.depth + 1) - 0.5
     figure = canvas.figure
-    ratio = f"{flops_ratio(network, work):.3f} of attention and MLP"
-    figure.suptitle(f"measured FLOPs ratio {ratio}, over {work.passes:,} passes at {len(met):,} timestep(s)", fontsize=10)
+    figure.suptitle(
+        f"{measured_ratio(network, work):.1%} of attention and MLP computed, mean of {work.passes:,} passes of a picture",
+        fontsize=10,
+    )
     edges = [0, *((met[:-1] + met[1:] + 1) / 2), TIMESTEPS]
     panels = figure.subplots(len(work.kept), 1, sharex=True)
     for panel, name in zip(panels, work.kept, strict=True):
         rates = work.rates(name)[:, met]  # (layers, timesteps met)
         mesh = panel.pcolormesh(edges, layers, rates, vmin=0, vmax=1, cmap="viridis")
-        panel.set_ylabel(f"{name}\nlayer")
+        panel.set_title(f"{name} that were on", fontsize=9, loc="left")
+        panel.set_ylabel("layer, 0 first")
         panel.yaxis.get_major_locator().set_params(integer=True)
     panels[-1].set_xlabel("timestep t (0 clean, 999 noise)")
     figure.colorbar(mesh, ax=list(panels), label="share on")

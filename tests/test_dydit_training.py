@@ -26,7 +26,7 @@ from runtime.checkpoint import checkpoints
 from runtime.seeding import Keys, integers, normal
 from runtime.settings import TrainingSettings
 from runtime.training import Trainer
-from runtime.work_report import flops_ratio, probe
+from runtime.work_report import measured_ratio, probe
 
 RUN = "DiT-T-2-dydit-64"
 TINY = Backbone.named("DiT-48x4x8/2", (8, 8), num_classes=3)
@@ -133,7 +133,8 @@ def test_the_second_pass_ends_inside_the_run(words: list[str], tmp_path: Path, m
     said = succeed("train", *words, "--checkpoint-every", "9").out
     assert [plan == COMPLETE for plan in plans[:9]] == [False, True] * 3 + [False] * 3
     assert "two passes a training step until step 3: the second one has everything on" in said
-    lines = metrics(tmp_path / RUN)
+    *lines, sampled = metrics(tmp_path / RUN)
+    assert set(sampled) == {"step", "flops_ratio/sampled"}
     parts = {"complete/loss", "complete/mse", "complete/vlb"}
     assert [parts & set(line) for line in lines] == [parts] * 3 + [set()] * 3
     for line in lines:
@@ -207,7 +208,7 @@ def test_checkpointing_changes_no_bit(checkpointing: str, words: list[str], tmp_
 # Updates that are left out -------------------------------------------------------------------------------------------
 
 
-def test_large_gradients_are_counted_logged_saved_and_told_of(words: list[str], tmp_path: Path) -> None:
+def test_large_gradients_are_counted_logged_saved_and_told_of(words: list[str], tmp_path: Path, unprobed: None) -> None:
     words = [*words, "--skip-gradient-norm", "1e-6", "--log-every", "3"]
     said = succeed("train", *words).out
     assert [line["large_gradient_steps"] for line in metrics(tmp_path / RUN)] == [3, 6]
@@ -245,8 +246,8 @@ def test_a_warning_is_of_more_than_half(
 def test_what_sampling_computes_is_measured_beside_each_checkpoint(words: list[str], tmp_path: Path) -> None:
     words = [*words, "--max-steps", "5"]
     succeed("train", *words)
-    sampled = [line.get("flops_ratio/sampled") for line in metrics(tmp_path / RUN)]
-    assert sampled == [None, None, 1.0, None, 1.0]
+    sampled = [(line["step"], line.get("flops_ratio/sampled")) for line in metrics(tmp_path / RUN)]
+    assert sampled == [(1, None), (2, None), (3, None), (3, 1.0), (4, None), (5, None), (5, 1.0)]
     assert (tmp_path / RUN / "kept.png").read_bytes().startswith(b"\x89PNG")
     assert [int(path.stem) for path in checkpoints(tmp_path / RUN)] == [3, 5]
 
@@ -260,6 +261,36 @@ def test_probes_do_not_touch_the_training(words: list[str], tmp_path: Path, monk
     succeed("train", *words, "--run-name", "unmeasured")
     assert differing(state_at(tmp_path / RUN), state_at(tmp_path / "unmeasured")) == []
     assert not (tmp_path / "unmeasured" / "kept.png").exists()
+
+
+def test_no_slice_outlives_a_probe(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[Any] = []
+
+    def keeping(network: DyDiT, *rest: Any) -> Any:
+        probed.append(network)
+        work = probe(network, *rest)
+        assert network.blocks[0].mlp.fc1._slices
+        return work
+
+    monkeypatch.setattr("train.probe", keeping)
+    succeed("train", *words)
+    assert len(probed) == 2
+    assert [layer for block in probed[0].blocks for layer in block.sliceable if layer._slices] == []
+
+
+def test_the_recipe_s_strata_reach_the_draws(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    strata: list[int] = []
+    noised = EpsilonObjective.noised
+
+    def noting(self: EpsilonObjective, x0: Tensor, keys: Keys, timesteps: Any = None) -> Any:
+        drawn = noised(self, x0, keys, timesteps)
+        strata.extend((drawn.t // 250 - keys.index % 4).tolist())
+        return drawn
+
+    monkeypatch.setattr(EpsilonObjective, "noised", noting)
+    succeed("train", *words)
+    assert len(strata) >= 20
+    assert set(strata) == {0}
 
 
 def test_a_method_whose_plan_says_it_all_is_not_probed(
@@ -315,7 +346,7 @@ def on_data(network: models.DiT) -> float:
         noised = objective.noised(latents, Keys(5, t, index), range(t, t + 1))
         with torch.no_grad():
             network(noised.x_t, torch.tensor([t]), labels, network.plan(t))
-    return flops_ratio(network, network.work)
+    return measured_ratio(network, network.work)
 
 
 @pytest.mark.parametrize("target", [0.5, 0.7])

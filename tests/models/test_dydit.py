@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models import Backbone, create_model
 from models.dydit import DECISIONS, MASKED
-from models.dynamic_block import TEMPERATURE, decide, places_on
+from models.dynamic_block import DynamicBlock, decide, places_on
 from runtime.config import InputError
 from runtime.seeding import Keys
-from tests.models.random_networks import SIZES, distance, inputs, network, tiny
+from tests.models.random_networks import SIZES, distance, inputs, network, randomized, tiny
 from tests.models.random_networks import one_thread as one_thread
 
 EXACT = 1e-5
@@ -183,11 +184,26 @@ def test_under_noise_a_logit_s_sigmoid_is_the_probability() -> None:
 def test_the_gradient_is_that_of_the_relaxed_decision() -> None:
     logits, noise = torch.linspace(-9, 9, 7, requires_grad=True), torch.linspace(4, -5, 7)
     with torch.enable_grad():
-        relaxed = torch.sigmoid((logits + noise) / TEMPERATURE)
+        relaxed = torch.sigmoid((logits + noise) / 5)  # the paper's temperature
         (expected,) = torch.autograd.grad(relaxed.sum(), logits)
         (ours,) = torch.autograd.grad(decide(logits, noise).sum(), logits)
     assert torch.equal(ours, expected)
     assert ours.abs().min() > 0
+
+
+def test_a_channel_s_gradient_is_taken_before_the_activation() -> None:
+    """Masked after it, the outputs were the same and the routers learned something else of groups that are off."""
+    block, x = randomized(DynamicBlock(16, 2, 4.0)), torch.randn(3, 5, 16)
+    masks = torch.tensor([[1.0, 0.0]]).repeat(3, 1).requires_grad_()
+    with torch.enable_grad():
+        (ours,) = torch.autograd.grad(block.mlp.masked(x, masks).sum(), masks)
+    inner = block.mlp.fc1(x)  # (N, T, 4 D)
+    slope = torch.full_like(inner, 0.5)  # of GELU at 0
+    slope[..., :32] = torch.func.vmap(torch.func.grad(lambda h: F.gelu(h, approximate="tanh")))(inner[..., :32].flatten()).view(
+        3, 5, 32
+    )
+    expected = (inner * slope * block.mlp.fc2.weight.sum(0)).unflatten(2, (2, 32)).sum((1, 3))  # (N, groups)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_is_another_number_for_every_decision() -> None:

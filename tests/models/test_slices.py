@@ -98,6 +98,11 @@ def another_type(layer: Any) -> None:
     layer.double()
 
 
+def rounded_and_back(layer: Any) -> None:
+    """The memory of the first weight is free meanwhile, and the last may come to lie there."""
+    layer.half().float()
+
+
 def optimizer_step(layer: Any, fused: bool = False) -> None:
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -112,7 +117,7 @@ def fused_optimizer_step(layer: Any) -> None:
 
 
 CHANGES = [in_place, bias_in_place, state_dict, assigned_state_dict, another_parameter, other_data, another_type,
-           optimizer_step, fused_optimizer_step]  # fmt: skip
+           rounded_and_back,            optimizer_step, fused_optimizer_step]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -21,8 +21,8 @@ from runtime.networks import blueprint
 from runtime.work_report import (
     dense_block_macs,
     draw_work,
-    flops_ratio,
     gather_work,
+    measured_ratio,
     probe,
     read_work,
     record_work,
@@ -84,7 +84,7 @@ def test_the_lines_give_both_conventions() -> None:
     work.add_pass(10, 2000, 2000 * 1_120_000_000)
     assert work_lines(network, work) == [
         "measured over 2,000 passes: 59 GMACs per image and pass in full (49.7% of the dense backbone's 118.6)",
-        "  attention and MLP alone, as DyDiT's paper counts: 57.88 GMACs (48.9% of the dense backbone's 118.4)",
+        "  attention and MLP alone, which FLOPs ratios are of: 57.88 GMACs (48.9% of the dense backbone's 118.4)",
     ]
     assert work_lines(network, Work(28)) == []
 
@@ -100,7 +100,7 @@ def test_a_probe_counts_for_itself() -> None:
     assert own.passes == 4
     assert work.passes == 8 * 25 * 2
     assert np.flatnonzero(work.images).tolist() == [round(999 / 24 * step) for step in range(25)]
-    assert 0.2 < flops_ratio(network, work) < 0.8
+    assert 0.2 < measured_ratio(network, work) < 0.8
     assert probe(network, CPU).macs == work.macs
     assert probe(network, CPU, seed=1).macs != work.macs
 
@@ -143,9 +143,21 @@ def test_counts_are_kept_in_a_file(tmp_path: Path) -> None:
     assert all((work.kept[kind] == counted().kept[kind]).all() for kind in KINDS)
     save_work(work, path)
     assert path.read_bytes() == content
-    for damaged in (b"", b"PK", content[: len(content) // 2]):
+    method = content.index(b"PK\x01\x02") + 10  # of compression, in the archive's list of files
+    negative = counted()
+    negative.images[0] -= 9
+    save_work(negative, path)
+    for damaged in (
+        b"",
+        b"PK",
+        content[: len(content) // 2],
+        content[:method] + b"\x63" + content[method + 1 :],
+        path.read_bytes(),
+    ):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"work\.npz is damaged, .*; delete it to count anew"):
+        with pytest.raises(
+            InputError, match=r"work\.npz is damaged, .*; delete it, and what is sampled from now on is counted"
+        ):
             read_work(path, 2)
 
 
@@ -191,7 +203,7 @@ def test_timesteps_that_were_met_are_bands(figures: list[Any], tmp_path: Path) -
         assert panel.get_xlim() == (0, 1000)  # noise to the right
     assert panels[-1].get_xlabel() == "timestep t (0 clean, 999 noise)"
     assert bar.get_ylabel() == "share on"
-    ratio = flops_ratio(two_layers(), work)
+    ratio = measured_ratio(two_layers(), work)
     assert figures[0].get_suptitle() == (
         f"measured FLOPs ratio {ratio:.3f} of attention and MLP, over 6 passes at 3 timestep(s)"
     )
@@ -231,5 +243,5 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(
 def test_a_network_that_leaves_nothing_out_has_ratio_one() -> None:
     whole = DyDiT(Backbone.named("DiT-T/2", (8, 8), in_channels=3, num_classes=4))
     work = probe(whole, CPU)
-    assert flops_ratio(whole, work) == 1.0
+    assert measured_ratio(whole, work) == 1.0
     assert all(np.nanmin(work.rates(kind)) == 1.0 for kind in KINDS)
