@@ -138,7 +138,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize(("sampler", "bug"), [*((name, False) for name in FLAGS), ("DDPM", True), ("DDIM", True)])
+@pytest.mark.parametrize(("sampler", "bug"), [("DDPM", False), ("interval", False), ("DDPM", True)])
 def test_processes_in_turn_make_the_bytes_of_one(
     sampler: str, bug: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,12 +169,9 @@ def test_two_processes_count_what_one_counts(checkpoint: Path, tmp_path: Path) -
     assert record(tmp_path / "one")["measured"] == record(tmp_path / "two")["measured"]
 
 
-@pytest.mark.parametrize("flags", [("--no-pack-weights",), ("--pack-weights",)])
-def test_batch_and_layout_of_weights_change_a_grey_level_at_most(
-    flags: tuple[str, ...], checkpoint: Path, tmp_path: Path
-) -> None:
+def test_batch_and_layout_of_weights_change_a_grey_level_at_most(checkpoint: Path, tmp_path: Path) -> None:
     """Known-bad variant: another seed."""
-    for name, more, batch in (("four", (), 4), ("five", flags, 5), ("seed", ("--seed", "1"), 4)):
+    for name, more, batch in (("four", (), 4), ("five", ("--no-pack-weights",), 5), ("seed", ("--seed", "1"), 4)):
         sampled(checkpoint, tmp_path / name, *more, batch=batch, steps="5")
     four, five, seed = (pictures(tmp_path / name) for name in ("four", "five", "seed"))
     assert abs(four - five).max() <= 1
@@ -288,22 +285,21 @@ def test_released_weights_need_model_and_size_alone(tmp_path: Path) -> None:
     assert torch.equal(latents(loaded, SAMPLERS["DDPM"], index), latents(made, SAMPLERS["DDPM"], index))
 
 
-@pytest.mark.parametrize("compiler", ["none", "default"])
 def test_half_precision_makes_nearly_the_same_pictures(
-    compiler: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled too, in few graphs for all timesteps and batches. Known-bad variant: another seed."""
+    """Compiled, in few graphs for all timesteps and batches. Known-bad variant: another seed."""
     monkeypatch.setattr(execution, "check_compiler", lambda device: None)
     sampled(checkpoint, tmp_path / "fp32", steps="10")
     with counted_graphs(monkeypatch) as graphs:
-        sampled(checkpoint, tmp_path / "bf16", "--precision", "bf16", "--compile", compiler, steps="10")
+        sampled(checkpoint, tmp_path / "bf16", "--precision", "bf16", "--compile", "default", steps="10")
     sampled(checkpoint, tmp_path / "seed", "--seed", "1", steps="10")
     whole, half, seed = (pictures(tmp_path / name) for name in ("fp32", "bf16", "seed"))
     assert 0 < abs(whole - half).mean() < abs(whole - seed).mean() / 5
     ratios = [record(tmp_path / name)["measured"]["flops_ratio"] for name in ("fp32", "bf16")]
     assert ratios[0] == pytest.approx(ratios[1], rel=0.02)
     assert graphs.made <= 6
-    assert (graphs.ran > 100) is (compiler == "default")
+    assert graphs.ran > 100
 
 
 def test_raw_and_averaged_weights_are_told_apart(checkpoint: Path, tmp_path: Path) -> None:

@@ -31,8 +31,14 @@ def test_a_released_file_tells_its_picture_size(released: Path, asked: int | Non
 
 
 def test_another_size_than_the_released_file_is_refused(released: Path) -> None:
-    with pytest.raises(InputError, match=r"--image-size 128, not 256"):
+    with pytest.raises(InputError, match=r"--image-size 128 \(latents 1/8 as wide\), not 256"):
         read_checkpoint(str(released), "DiT-T/2", 256)
+
+
+def test_the_size_of_a_released_file_is_that_of_its_autoencoder(released: Path) -> None:
+    assert read_checkpoint(str(released), "DiT-T/2", 16, factor=1).network.backbone.latent_size == (16, 16)
+    with pytest.raises(InputError, match=r"--image-size 16 \(latents 1/1 as wide\), not 128"):
+        read_checkpoint(str(released), "DiT-T/2", 128, factor=1)
 
 
 def test_a_file_without_a_position_table_needs_the_size(released: Path) -> None:

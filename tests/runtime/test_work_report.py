@@ -195,7 +195,7 @@ def test_timesteps_that_were_met_are_bands(figures: list[Any], tmp_path: Path) -
     }
     for panel, (kind, rates) in zip(panels, expected.items(), strict=True):
         (mesh,) = panel.collections
-        assert panel.get_ylabel() == f"{kind}\nlayer"
+        assert (panel.get_title(loc="left"), panel.get_ylabel()) == (f"{kind} that were on", "layer, 0 first")
         assert mesh.get_array().tolist() == rates
         assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 150.5, 450.5, 1000]
         assert mesh.get_coordinates()[:, 0, 1].tolist() == [-0.5, 0.5, 1.5]  # the first layer below
