@@ -245,8 +245,17 @@ def test_a_set_whose_run_was_killed_says_what_was_measured_since(checkpoint: Pat
     assert (record(tmp_path)["gmacs_per_pass"], record(tmp_path)["measured"]) == (None, None)
     for index in (8, 9):
         (tmp_path / "set" / f"{index:06d}.png").unlink()
-    sampled(checkpoint, tmp_path)
+    assert "these are not all passes of 10 pictures" in sampled(checkpoint, tmp_path).out
     assert record(tmp_path)["measured"]["passes"] == 4 * 2 * 3
+
+
+def test_what_was_counted_survives_a_failure_to_pack(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(sample_ddp, "pack_pictures", lambda *arguments: (_ for _ in ()).throw(OSError(28, "disk full")))
+        assert call("sample_ddp", *words(checkpoint, tmp_path)).code != 0
+    said = sampled(checkpoint, tmp_path).out
+    assert "measured over 72 passes" in said
+    assert "these are not all" not in said
 
 
 def test_damaged_counts_are_refused_before_any_sampling(checkpoint: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from models.work import Work
 from runtime import optimizer_step
 from runtime.checkpoint import checkpoints
 from runtime.seeding import Keys, integers, normal
-from runtime.settings import TrainingSettings
+from runtime.settings import TrainingSettings, training_parser
 from runtime.training import Trainer
 from runtime.work_report import measured_ratio, probe
 
@@ -272,6 +272,22 @@ def test_no_slice_outlives_a_probe(words: list[str], monkeypatch: pytest.MonkeyP
     succeed("train", *words)
     assert len(probed) == 2
     assert [layer for block in probed[0].blocks for layer in block.sliceable if layer._slices] == []
+
+
+def test_a_share_without_all_quarters_is_refused(words: list[str]) -> None:
+    refused = call("train", *words, "--gradient-accumulation", "4")
+    assert (refused.code, "2 samples are computed at once (batch 8 / 4)" in refused.err) == (2, True)
+
+
+def test_a_training_that_ends_before_its_target_is_told_of(words: list[str], unprobed: None) -> None:
+    said = succeed("train", *words, "--max-steps", "2", "--target-warmup", "50").out
+    assert "WARNING: this training ends at step 2, before it reaches its target" in said
+
+
+def test_help_shows_the_recipe() -> None:
+    shown = " ".join(training_parser(DyDiT, "train.py").format_help().split())
+    assert "none: all count (default: 200.0)" in shown
+    assert "none: all count (default: none)" in " ".join(training_parser(models.DiT, "train.py").format_help().split())
 
 
 def test_the_recipe_s_strata_reach_the_draws(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,7 @@ def test_complete_labels_are_dropped_by_their_own_draw() -> None:
         ("DiT-48x8x1/2", {}, "a network of one head has none to switch off"),
         ("DiT-T/2", {"flops_target": 0.0}, "--flops-target is 0.0; it must be above 0 and at most 1"),
         ("DiT-T/2", {"flops_target": 1.1}, "--flops-target is 1.1"),
+        ("DiT-48x8x2/2", {"flops_target": 0.1}, "one of 2 heads in every layer is always on, which is 0.227 already"),
         ("DiT-T/2", {"target_warmup": -1}, "--target-warmup is -1; it must be at least 0"),
         ("DiT-T/2", {"complete_steps": -5}, "--complete-steps is -5; it must be at least 0"),
     ],

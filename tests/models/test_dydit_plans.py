@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import DyDiT, Plan
 from models.dydit import COMPLETE, DECISIONS, MASKED, WITH_COMPLETE
 from models.work import Work
+from runtime.config import InputError
 from runtime.execution import Execution, Executor
 from runtime.networks import blueprint
 from runtime.packed_weights import can_pack
@@ -48,6 +49,14 @@ def test_plans_are_the_masked_decisions_in_float64(backbone: Any) -> None:
             assert channels == tuple(features["channels"][place, layer].nonzero().flatten().tolist())
     assert model.plan_varies
     assert {len(heads) for t in range(1000) for heads, _ in model.plan(t).selection} > {1}
+
+
+@pytest.mark.parametrize("router", ["attn_rate.router", "mlp_rate.router", "token_selection.mlp_head.2"])
+def test_routers_that_are_no_numbers_are_refused(model: Any, router: str) -> None:
+    """They would say "off", and nothing in the pictures would tell."""
+    model.blocks[1].get_submodule(router).bias[0] = float("nan")
+    with pytest.raises(InputError, match="the routers' weights hold numbers that are not finite"):
+        model.plan(3)
 
 
 def test_plans_are_computed_once_for_all_timesteps(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
