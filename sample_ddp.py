@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.latents import Codec, CodecSpec, load_codec
 from diffusion.schedule import respaced_timesteps
 from models import DiT
-from models.work import Work
+from models.work import CountedWork
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
 from runtime.decoding import make_decoder, resolve_overlap
 from runtime.density_report import record_density
@@ -227,7 +227,7 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
     }
 
 
-def costs(network: DiT, settings: SampleSettings, counted: Work | None) -> dict[str, Any]:
+def costs(network: DiT, settings: SampleSettings, counted: CountedWork | None) -> dict[str, Any]:
     """What a pass cost, for the protocol record: as plans say, or where they cannot, the mean of what was `counted`.
 
     Passes are those of whole blocks, the padded places of the last one among them, in runs that came to their end. null:
@@ -239,14 +239,16 @@ def costs(network: DiT, settings: SampleSettings, counted: Work | None) -> dict[
     return {"gmacs_per_pass": measured and measured["gmacs_per_pass"], "measured": measured}
 
 
-def report_work(network: DiT, counted: Work, target: Path, record: Mapping[str, Any]) -> None:
+def report_work(network: DiT, counted: CountedWork, target: Path, record: Mapping[str, Any]) -> None:
     """Prints, draws and records what all runs that filled the set have counted."""
     lines = work_lines(network, counted)
     if not lines:
         lines = ["nothing is measured: the runs that made these pictures were ended before they could say"]
     elif counted.passes < record["passes_per_picture"] * record["count"]:
         lines.append(f"  these are not all passes of {record['count']:,} pictures: a run that is ended early leaves no counts")
-    print("\n".join([*lines, f"what was on, layer by timestep: {target}.kept.png"][: None if counted.passes else 1]))
+    if counted.passes:
+        lines.append(f"what was on, layer by timestep: {target}.kept.png")
+    print("\n".join(lines))
     record_work(network, counted, Path(f"{target}.kept.png"))
     write_json(target / PROTOCOL, record)
     write_json(Path(f"{target}.json"), record)

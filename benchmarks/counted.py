@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.result import Work
 from models import DiT
-from models.work import Work as Counts
+from models.work import CountedWork
 from runtime.work_report import work_lines, work_record
 
 
@@ -18,11 +18,11 @@ class CountedRun:
 
     network: DiT
     run: Callable[[], None]
-    counts: Counts | None
+    counts: CountedWork | None
 
     @classmethod
     def of(cls, network: DiT, run: Callable[[], None]) -> CountedRun:
-        return cls(network, run, None if network.work is None else Counts(network.backbone.depth))
+        return cls(network, run, None if network.work is None else CountedWork(network.backbone.depth))
 
     def __call__(self) -> None:
         self.network.work = self.counts  # other rows may run the same network

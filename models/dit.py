@@ -24,7 +24,7 @@ from models.layers import (
 )
 from models.token_density import TIMESTEPS, TokenDensity
 from models.weights import DenseRules, Rows
-from models.work import Work
+from models.work import CountedWork
 from runtime.config import InputError, nearest
 from runtime.seeding import Keys, uniform
 
@@ -122,7 +122,7 @@ class DiT(nn.Module):
     released_layout: ClassVar[str] = "DiT"
     """The layout in which the authors publish weights (see `layout_names`)."""
     blocks: Sequence[ModulatedBlock]
-    work: Work | None = None
+    work: CountedWork | None = None
     """Counts what passes computed where that depends on what they saw; None: a plan says it all."""
     training_options: ClassVar[frozenset[str]] = frozenset()
     """Options that training alone reads."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from models.layers import Condition, ModulatedBlock, Plan
 from models.slices import Snapshot
 from models.token_density import TIMESTEPS
 from models.weights import DenseRules, Rows
-from models.work import Work
+from models.work import DECISIONS, CountedWork
 from runtime.config import InputError, option
 from runtime.seeding import Keys, uniform
 
@@ -34,8 +35,6 @@ HELD_STEPS = 100
 MASKED, COMPLETE = Plan(("masked",)), Plan(("complete",))
 WITH_COMPLETE = Plan(("masked", "complete"))
 """Every sample decides for itself; everything is on; both, one after the other."""
-
-DECISIONS = ("heads", "channels", "tokens")
 
 NEW = (".attn_rate.", ".mlp_rate.", ".token_selection.")
 """What a block has beside DiT's parameters."""
@@ -55,17 +54,17 @@ class DyDiT(DiT):
 
     options_type: ClassVar[type] = DyDiTOptions
     released_layout: ClassVar[str] = "released DyDiT"
-    training_options: ClassVar[frozenset[str]] = frozenset({"flops_target", "target_warmup", "complete_steps"})
+    training_options: ClassVar[frozenset[str]] = frozenset(field.name for field in fields(DyDiTOptions))
     recipe: ClassVar[Mapping[str, Any]] = {"max_steps": 200_000, "timestep_strata": 4, "skip_gradient_norm": 200.0}
     blocks: Sequence[DynamicBlock]
-    work: Work
+    work: CountedWork
 
     def __init__(self, backbone: Backbone, options: DyDiTOptions | None = None) -> None:
         super().__init__(backbone, options)
         everything = tuple(range(backbone.num_heads))
         self.everything = Plan(("sliced",), selection=((everything, everything),) * backbone.depth)
         self._planned = Snapshot(()), list[Plan]()
-        self.work = Work(backbone.depth)
+        self.work = CountedWork(backbone.depth)
 
     @classmethod
     def resolve(cls, options: DyDiTOptions, backbone: Backbone) -> DyDiTOptions:
@@ -200,7 +199,7 @@ class DyDiT(DiT):
             macs = images * block.attn.sliced_macs(len(heads), full) + block.mlp.sliced_macs(len(channels), on)
             shares = len(heads) / heads_there, len(channels) / heads_there, on / (images * full)
             self.work.add_layer(layer, plan.timestep, images, dict(zip(DECISIONS, shares, strict=True)), macs)
-        self.work.add_pass(plan.timestep, images, images * (self.macs(plan) - self._width_macs(plan)))
+        self.work.add_pass(plan.timestep, images, images * self._fixed_macs)
         return tokens
 
     def draw(self, keys: Keys) -> dict[str, Tensor]:
@@ -267,6 +266,11 @@ class DyDiT(DiT):
         choosing = sum(block.modulation_macs() + block.token_selection.macs(tokens) for block in self.blocks)
         return choosing + self._width_macs(plan)
 
+    @cached_property
+    def _fixed_macs(self) -> int:
+        """Of what every sliced pass computes, whatever is on."""
+        return self.macs(self.everything) - self._width_macs(self.everything)
+
     def _width_macs(self, plan: Plan) -> int:
         """Of attention and MLP at the plan's widths, with all tokens on."""
         tokens = self.backbone.tokens
@@ -332,8 +336,9 @@ def flops_ratio(heads: Tensor, channels: Tensor, tokens: Tensor, attention: floa
 
 def least_ratio(backbone: Backbone) -> float:
     """The FLOPs ratio with one head on, and no token."""
-    tokens, width = backbone.tokens, backbone.hidden_size
-    attention, mlp = 4 * width**2 + 2 * tokens * width, 2 * width * int(width * backbone.mlp_ratio)
+    with torch.device("meta"):
+        block = DynamicBlock(backbone.hidden_size, backbone.num_heads, backbone.mlp_ratio)
+    attention, mlp = block.attn.macs(backbone.tokens), block.mlp.macs(backbone.tokens)
     return attention / backbone.num_heads / (attention + mlp)
 
 

@@ -8,8 +8,11 @@ import numpy as np
 
 from models.token_density import TIMESTEPS
 
+DECISIONS = ("heads", "channels", "tokens")
+"""What may be on or off in a block."""
 
-class Work:
+
+class CountedWork:
     """Sums over the images that went through a network: multiply-accumulates, and which shares of each layer were on.
 
     Nothing here waits for the device: all counts are known to the host when a pass has been launched.
@@ -21,7 +24,7 @@ class Work:
         self.block_macs = 0
         """Those of attention and MLP alone, the convention of DyDiT's FLOPs ratio."""
         self.images = np.zeros(TIMESTEPS, dtype=np.int64)
-        self.kept = {name: np.zeros((depth, TIMESTEPS)) for name in ("heads", "channels", "tokens")}
+        self.kept = {name: np.zeros((depth, TIMESTEPS)) for name in DECISIONS}
         """Sums over images of the share that was on, (layer, timestep)."""
 
     @property
@@ -41,7 +44,7 @@ class Work:
         self.images[timestep] += images
         self.macs += macs
 
-    def add(self, other: Work) -> None:
+    def add(self, other: CountedWork) -> None:
         """Counts what another process computed in."""
         self.macs += other.macs
         self.block_macs += other.block_macs

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import DiT
-from models.slices import Slice, SliceableLinear
+from models.slices import Slice, SliceableLinear, linear
 
 TYPICAL_ROWS = 1024
 """Rows of the products that the layout is chosen for; it serves all others."""
@@ -43,4 +43,4 @@ def packed(weight: Tensor) -> Tensor:
 
 def packed_product(layer: nn.Linear, x: Tensor) -> Tensor:
     """x (..., in) -> (..., out)"""
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return linear(x, Slice(layer.weight, layer.bias))

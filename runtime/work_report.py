@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from models import DiT
 from models.token_density import TIMESTEPS
-from models.work import Work
+from models.work import CountedWork
 from runtime.config import InputError
 from runtime.files import stream_npz
 from runtime.networks import dense_blueprint
@@ -28,11 +28,11 @@ PROBED, PROBED_STEPS = 8, "25"
 """Pictures and steps of a probe."""
 
 
-def probe(network: DiT, device: torch.device, seed: int = 0) -> Work:
+def probe(network: DiT, device: torch.device, seed: int = 0) -> CountedWork:
     """What sampling a few latents from the network computes; its own counts stay as they were. -> the counts of the probe"""
     if network.work is None:
         raise ValueError("a plan of this network says all that its passes compute; there is nothing to measure")
-    own, network.work = network.work, Work(network.backbone.depth)
+    own, network.work = network.work, CountedWork(network.backbone.depth)
     try:
         index = torch.arange(PROBED)
         labels = draw_labels("balanced", network.backbone.num_classes, seed, index)
@@ -42,7 +42,7 @@ def probe(network: DiT, device: torch.device, seed: int = 0) -> Work:
         network.work = own
 
 
-def measured_ratio(network: DiT, work: Work) -> float:
+def measured_ratio(network: DiT, work: CountedWork) -> float:
     """The share of the dense backbone's attention and MLP that was computed, the mean over passes."""
     return work.block_macs / work.passes / dense_block_macs(network)
 
@@ -53,7 +53,7 @@ def dense_block_macs(network: DiT) -> int:
     return sum(block.macs(tokens, tokens) - block.modulation_macs() for block in dense_blueprint(network).blocks)
 
 
-def work_record(network: DiT, work: Work) -> dict[str, Any]:
+def work_record(network: DiT, work: CountedWork) -> dict[str, Any]:
     """The means, for JSON."""
     return {
         "passes": work.passes,
@@ -63,7 +63,7 @@ def work_record(network: DiT, work: Work) -> dict[str, Any]:
     }
 
 
-def work_lines(network: DiT, work: Work) -> list[str]:
+def work_lines(network: DiT, work: CountedWork) -> list[str]:
     """What is printed after sampling: measured means in full and in the paper's convention; nothing where nothing passed."""
     if not work.passes:
         return []
@@ -77,25 +77,25 @@ def work_lines(network: DiT, work: Work) -> list[str]:
     ]
 
 
-def gather_work(network: DiT) -> Work | None:
+def gather_work(network: DiT) -> CountedWork | None:
     """The counts of all processes together; all must call it. None where there are none."""
     if network.work is None:
         return None
-    total = Work(network.backbone.depth)
+    total = CountedWork(network.backbone.depth)
     for work in gather_object([network.work]):
         total.add(work)
     return total
 
 
-def save_work(work: Work, path: Path) -> None:
+def save_work(work: CountedWork, path: Path) -> None:
     """The counts for `read_work`. Equal counts make equal files."""
     counts = {"macs": work.macs, "block_macs": work.block_macs, "images": work.images, **work.kept}
     stream_npz(path, (0,), [], {name: np.asarray(values) for name, values in counts.items()})
 
 
-def read_work(path: Path, depth: int) -> Work:
+def read_work(path: Path, depth: int) -> CountedWork:
     """The counts of `save_work`; none where there is no file. InputError for a file that is none of its kind."""
-    work = Work(depth)
+    work = CountedWork(depth)
     if not path.exists():
         return work
     try:
@@ -115,7 +115,7 @@ def read_work(path: Path, depth: int) -> Work:
     return work
 
 
-def draw_work(network: DiT, work: Work, path: Path) -> None:
+def draw_work(network: DiT, work: CountedWork, path: Path) -> None:
     """Heads, channels and tokens that were on, layer by timestep, as a PNG; noise to the right.
 
     Each timestep that was met is a band that reaches half-way to its neighbours. No file where nothing passed.
@@ -142,6 +142,6 @@ def draw_work(network: DiT, work: Work, path: Path) -> None:
     save_canvas(canvas, path)
 
 
-def record_work(network: DiT, work: Work, path: Path) -> None:
+def record_work(network: DiT, work: CountedWork, path: Path) -> None:
     """`draw_work` beside work that is more than the picture: what keeps it from being drawn is a warning."""
     try_to_draw("what was computed", lambda: draw_work(network, work, path))

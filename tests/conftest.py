@@ -152,3 +152,19 @@ def batches(tmp_path: Path) -> tuple[Path, Path]:
     np.savez(tmp_path / "reference.npz", arr_0=random_pictures(70, seed=0))
     np.savez(tmp_path / "samples.npz", arr_0=random_pictures(50, seed=1))
     return tmp_path / "reference.npz", tmp_path / "samples.npz"
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures that are made."""
+    from matplotlib import figure
+
+    made = []
+
+    class Kept(figure.Figure):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(figure, "Figure", Kept)
+    return made

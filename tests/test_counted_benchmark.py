@@ -17,7 +17,7 @@ from benchmarks.result import Work
 from models import DiT
 from models.dydit import DyDiT
 from models.dynamic_block import DynamicBlock
-from models.work import Work as Counts
+from models.work import CountedWork
 from runtime.execution import Execution
 from runtime.sampling import SamplingSettings
 from runtime.work_report import dense_block_macs
@@ -39,7 +39,7 @@ def measured(what: str, folder: Path, *words: object) -> tuple[dict[str, Any], R
     return json.loads((folder / f"{what}.json").read_text()), ended
 
 
-def ratio(network: DiT, counts: Counts) -> float:
+def ratio(network: DiT, counts: CountedWork) -> float:
     return counts.block_macs / counts.passes / dense_block_macs(network)
 
 

@@ -21,7 +21,7 @@ from diffusion.schedule import NoiseSchedule
 from models import METHODS, Backbone, DyDiT
 from models.dit import zero
 from models.dydit import COMPLETE, MASKED
-from models.work import Work
+from models.work import CountedWork
 from runtime import execution
 from runtime.checkpoint import read_header, save_checkpoint
 from runtime.networks import dense_blueprint
@@ -181,7 +181,7 @@ def test_batch_and_layout_of_weights_change_a_grey_level_at_most(checkpoint: Pat
 # What was measured ---------------------------------------------------------------------------------------------------
 
 
-def by_hand(start: int, stop: int) -> Work:
+def by_hand(start: int, stop: int) -> CountedWork:
     """The counts of the blocks of 4 pictures from `start` on."""
     model, settings = dydit(), SamplingSettings(num_sampling_steps="3")
     for index in torch.arange(start, stop).split(4):
@@ -224,7 +224,7 @@ def test_a_set_taken_up_again_adds_and_a_complete_one_keeps(
     """Weighted by passes. Planted bug: what earlier runs counted is forgotten."""
     sampled(checkpoint, tmp_path, count=8)
     if bug:
-        monkeypatch.setattr(sample_ddp, "read_work", lambda path, depth: Work(depth))
+        monkeypatch.setattr(sample_ddp, "read_work", lambda path, depth: CountedWork(depth))
     sampled(checkpoint, tmp_path, count=12)
     whole = by_hand(0, 12)
     assert (record(tmp_path)["measured"]["passes"] == whole.passes) is not bug

@@ -20,7 +20,7 @@ from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, DyDiT
 from models.dydit import COMPLETE, DECISIONS
-from models.work import Work
+from models.work import CountedWork
 from runtime import optimizer_step
 from runtime.checkpoint import checkpoints
 from runtime.seeding import Keys, integers, normal
@@ -351,7 +351,7 @@ def trained_ratio(target: float, run: Path, steps: int) -> float:
 
 def on_data(network: models.DiT) -> float:
     """The measured ratio over timesteps of noised data."""
-    objective, network.work = EpsilonObjective(NoiseSchedule.linear(), None, True), Work(network.backbone.depth)
+    objective, network.work = EpsilonObjective(NoiseSchedule.linear(), None, True), CountedWork(network.backbone.depth)
     index = torch.arange(16)
     for t in range(0, 1000, 25):
         latents, labels = Synthetic().batch_at(10**6 + t, index, torch.device("cpu"))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import DyDiT, Plan
 from models.dydit import COMPLETE, DECISIONS, MASKED, WITH_COMPLETE
-from models.work import Work
+from models.work import CountedWork
 from runtime.config import InputError
 from runtime.execution import Execution, Executor
 from runtime.networks import blueprint
@@ -164,8 +164,8 @@ def test_a_layer_s_work_by_hand(model: Any) -> None:
 
 
 def test_work_of_processes_adds_up(model: Any) -> None:
-    parts = [Work(8), Work(8)]
-    whole = Work(8)
+    parts = [CountedWork(8), CountedWork(8)]
+    whole = CountedWork(8)
     for place, timestep in ((0, 3), (1, 3), (1, 4)):
         for work in (parts[place], whole):
             work.add_layer(2, timestep, 2, {"heads": 0.5, "channels": 0.25, "tokens": place}, 10)

@@ -144,20 +144,10 @@ def test_a_picture_that_cannot_be_drawn_beside_other_work_is_a_warning(
     assert capsys.readouterr().out.startswith("WARNING: the token density is not drawn: ")
 
 
-def test_the_plot_shows_tokens_costs_mean_and_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import figure
-
-    drawn = []
-
-    class Kept(figure.Figure):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            drawn.append(self)
-
-    monkeypatch.setattr(figure, "Figure", Kept)
+def test_the_plot_shows_tokens_costs_mean_and_dense(tmp_path: Path, figures: list[Any]) -> None:
     network = xl("0.61:0.86/4")
     draw_density(network, tmp_path / "plot.png", "10,15,20")
-    left, right = drawn[0].axes
+    left, right = figures[0].axes
     stairs: Any
     (filled, tokens), (costs,) = left.patches, right.patches
     for stairs, values in ((filled, [100, 81, 64, 36]), (tokens, [100, 81, 64, 36]), (costs, [75.48, 70.35, 65.78, 58.29])):

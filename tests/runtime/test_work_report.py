@@ -14,7 +14,7 @@ from dydit_networks import dydit
 from PIL import Image
 
 from models import Backbone, DiT, DyDiT
-from models.work import Work
+from models.work import CountedWork
 from runtime import work_report
 from runtime.config import InputError
 from runtime.networks import blueprint
@@ -40,9 +40,9 @@ def named(model: str, method: str = "dydit", side: int = 32) -> DiT:
     return blueprint(method, Backbone.named(model, (side, side)), {})
 
 
-def counted(scale: int = 1) -> Work:
+def counted(scale: int = 1) -> CountedWork:
     """Two layers: three images at timestep 100, one at 700."""
-    work = Work(2)
+    work = CountedWork(2)
     for timestep, images, shares in ((100, 3, (0.25, 0.5)), (700, 1, (0.75, 1.0))):
         for layer, share in enumerate(shares):
             work.add_layer(layer, timestep, images, dict(zip(KINDS, (share, share / 2, 1.0), strict=True)), 1000 * scale)
@@ -79,14 +79,14 @@ def test_means_are_over_passes() -> None:
 
 def test_the_lines_give_both_conventions() -> None:
     """At 57.88 GMACs the paper's XL/2 computes 48.9 % of attention and MLP (118.69 in all, dense: 118.38 of them)."""
-    network, work = named("DiT-XL/2"), Work(28)
+    network, work = named("DiT-XL/2"), CountedWork(28)
     work.add_layer(0, 10, 2000, dict.fromkeys(KINDS, 1.0), 2000 * 57_880_000_000)
     work.add_pass(10, 2000, 2000 * 1_120_000_000)
     assert work_lines(network, work) == [
         "measured over 2,000 passes: 59 GMACs per image and pass in full (49.7% of the dense backbone's 118.6)",
         "  attention and MLP alone, which FLOPs ratios are of: 57.88 GMACs (48.9% of the dense backbone's 118.4)",
     ]
-    assert work_lines(network, Work(28)) == []
+    assert work_lines(network, CountedWork(28)) == []
 
 
 # Counted -------------------------------------------------------------------------------------------------------------
@@ -164,22 +164,6 @@ def test_counts_are_kept_in_a_file(tmp_path: Path) -> None:
 # Drawn ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures that are made."""
-    from matplotlib import figure
-
-    made = []
-
-    class Kept(figure.Figure):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            made.append(self)
-
-    monkeypatch.setattr(figure, "Figure", Kept)
-    return made
-
-
 def test_timesteps_that_were_met_are_bands(figures: list[Any], tmp_path: Path) -> None:
     """Half-way to their neighbours, and to both ends: nothing is drawn of timesteps that were not met."""
     work = counted()
@@ -208,7 +192,7 @@ def test_timesteps_that_were_met_are_bands(figures: list[Any], tmp_path: Path) -
 
 
 def test_every_timestep_has_its_place_where_all_are_met(figures: list[Any], tmp_path: Path) -> None:
-    work = Work(2)
+    work = CountedWork(2)
     for timestep in range(1000):
         work.add_pass(timestep, 1, 1)
     draw_work(two_layers(), work, tmp_path / "kept.png")
@@ -217,7 +201,7 @@ def test_every_timestep_has_its_place_where_all_are_met(figures: list[Any], tmp_
 
 
 def test_the_picture_has_the_same_bytes_every_time(tmp_path: Path) -> None:
-    for name, work in (("first.png", counted()), ("second.png", counted()), ("none.png", Work(2))):
+    for name, work in (("first.png", counted()), ("second.png", counted()), ("none.png", CountedWork(2))):
         draw_work(two_layers(), work, tmp_path / name)
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
     assert not (tmp_path / "none.png").exists()
