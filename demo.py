@@ -28,18 +28,26 @@ from sklearn.svm import SVC
 
 from benchmarks.digits import EXTRACTION, ROOT, command, grey_vectors, load_digits, write_digits
 from benchmarks.timing import interleaved
-from diffusion.schedule import respaced_timesteps
 from metrics.frechet import frechet_distance, statistics_of
 from models import DiT
 from runtime.checkpoint import checkpoints
 from runtime.config import ArgumentParser, InputError, run_script
 from runtime.files import atomic_write, check_writable, write_json
 from runtime.networks import mean_gmacs, method_name
-from runtime.sampling import Checkpoint, SamplingSettings, density_text, load_checkpoint, picture_grid, sample_latents
+from runtime.sampling import (
+    Checkpoint,
+    SamplingSettings,
+    density_text,
+    load_checkpoint,
+    picture_grid,
+    sample_latents,
+    sampled_timesteps,
+)
 from runtime.work_report import measured_ratio
 
 COUNT, BATCH = 600, 200
 GUIDANCE, STEPS = 1.5, "50"
+SAMPLING = SamplingSettings(cfg_scale=GUIDANCE, num_sampling_steps=STEPS)
 TIMED, ROUNDS = 100, 3
 ENLARGED, GAP = 5, 24
 LEAST_AGREEMENT, MOST_LOST, LEAST_SPEEDUP = 0.85, 0.05, 1.3
@@ -103,11 +111,10 @@ def measure_speed(networks: Sequence[Checkpoint]) -> list[float]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = torch.arange(TIMED)
-    sampling = SamplingSettings(cfg_scale=GUIDANCE, num_sampling_steps=STEPS)
     runs = {}
     for place, checkpoint in enumerate(networks):
         network = checkpoint.network.to(device)
-        runs[str(place)] = partial(sample_latents, network, sampling, index % 10, index, 0, device)
+        runs[str(place)] = partial(sample_latents, network, SAMPLING, index % 10, index, 0, device)
     return [TIMED / timing.median for timing in interleaved(runs, ROUNDS, device).values()]
 
 
@@ -116,14 +123,13 @@ def compare(runs: Sequence[Path], samples: Sequence[Path]) -> list[Row]:
     digits = load_digits()
     classifier = SVC(gamma=0.001, C=10.0).fit(digits.data, digits.target)
     networks = [load_checkpoint(str(checkpoints(run)[-1]), None, None) for run in runs]
-    timesteps = respaced_timesteps(STEPS)
     rows = []
     for checkpoint, batch, speed in zip(networks, samples, measure_speed(networks), strict=True):
         vectors = grey_vectors(np.load(batch)["arr_0"])
         asked = np.arange(len(vectors)) % 10
         network, agreement = checkpoint.network, float(np.mean(classifier.predict(vectors) == asked))
         distance = frechet_distance(statistics_of(vectors), statistics_of(digits.data))
-        cost, ratio, target = mean_gmacs(network, timesteps), None, None
+        cost, ratio, target = mean_gmacs(network, sampled_timesteps(network, SAMPLING)), None, None
         if network.work is not None:  # what passed while the speed was measured
             cost, ratio = network.work.macs / network.work.passes / 1e9, measured_ratio(network, network.work)
             target = network.flops_target

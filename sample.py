@@ -50,6 +50,7 @@ def sample(settings: GridSettings) -> None:
     device = make_state().device
     execution = resolve_execution(settings, device)
     checkpoint, spec = open_checkpoint(settings, choose_checkpoint(settings))
+    settings = settings.under(checkpoint.objective)
     names = read_names(settings.class_names) if settings.class_names else checkpoint.classes
     num_classes = checkpoint.network.backbone.num_classes
     if names and len(names) != num_classes:

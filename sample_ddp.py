@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.latents import Codec, CodecSpec, load_codec
-from diffusion.schedule import respaced_timesteps
 from models import DiT
 from models.work import CountedWork
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
@@ -35,7 +34,7 @@ from runtime.distributed import make_state
 from runtime.execution import Execution, Executor, resolve_execution
 from runtime.files import check_new_file, check_writable, lock, sha256, write_json
 from runtime.logs import say
-from runtime.networks import blueprint, mean_gmacs, method_name
+from runtime.networks import blueprint, method_name
 from runtime.pictures import PictureWriter, pack_pictures, picture_path
 from runtime.sampling import (
     MOST_AT_ONCE,
@@ -46,6 +45,7 @@ from runtime.sampling import (
     draw_labels,
     open_checkpoint,
     sample_latents,
+    sampled_timesteps,
     sampling_cost,
 )
 from runtime.startup import FirstPictures
@@ -84,6 +84,7 @@ def sample(settings: SampleSettings) -> None:
     # One process chooses: a training that saves meanwhile could give each of them another newest checkpoint.
     path = broadcast_object_list([choose_checkpoint(settings) if state.is_main_process else None])[0]
     checkpoint, spec = open_checkpoint(settings, str(path))
+    settings = settings.under(checkpoint.objective)
     check_writable(settings.sample_dir, "--sample-dir")
     codec = load_codec(spec, state.device)
     checkpoint = checkpoint.build()
@@ -102,7 +103,7 @@ def sample(settings: SampleSettings) -> None:
         begin(target, record, network)
         print("\n".join((*checkpoint.lines(settings), *execution.lines())))
         if network.plan_varies:
-            record_density(network, Path(f"{target}.density.png"), settings.num_sampling_steps)
+            record_density(network, Path(f"{target}.density.png"), sampled_timesteps(network, settings))
         print(
             f"{settings.num_fid_samples} pictures of {checkpoint.image_size} x {checkpoint.image_size} into {target}",
             flush=True,
@@ -176,6 +177,8 @@ def sample_name(settings: SampleSettings, checkpoint: Checkpoint) -> str:
         f"{checkpoint.model.replace('/', '-')}-{method}-{step}-size-{checkpoint.image_size}-cfg-{settings.cfg_scale}"
         f"-{settings.sampler}-{settings.num_sampling_steps}-seed-{settings.seed}"
     )
+    if settings.guidance != "classifier-free":
+        name += f"-{settings.guidance}"
     if settings.guidance_interval is not None:
         name += "-interval-{:g}-{:g}".format(*settings.guidance_interval)
     asked = checkpoint.asked_density
@@ -193,6 +196,7 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "method": method_name(network),
         "model": checkpoint.model,
         "options": to_mapping(network.options),
+        "objective": checkpoint.objective,
         "density": {
             "sampled": density_text(network),
             "trained": checkpoint.trained_density,
@@ -204,6 +208,7 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "checkpoint": {"path": checkpoint.path, "sha256": hash_of(checkpoint.path), "step": checkpoint.step},
         "weights": checkpoint.kind,
         "guidance": {
+            "kind": settings.guidance,
             "scale": settings.cfg_scale,
             "channels": settings.guidance_channels,
             "interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
@@ -234,7 +239,8 @@ def costs(network: DiT, settings: SampleSettings, counted: CountedWork | None) -
     no run has come to its end yet.
     """
     if counted is None:
-        return {"gmacs_per_pass": mean_gmacs(network, respaced_timesteps(settings.num_sampling_steps))}
+        cost = sampling_cost(network, settings)
+        return {"gmacs_per_pass": cost.macs / cost.passes / 1e9}
     measured = work_record(network, counted) if counted.passes else None
     return {"gmacs_per_pass": measured and measured["gmacs_per_pass"], "measured": measured}
 
@@ -290,7 +296,8 @@ def begin(target: Path, record: Mapping[str, Any], network: DiT) -> None:
 def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
     """An older record in today's terms: what it does not name was not there to choose."""
     plain = {"compile": "none", "attention": "auto", "cuda_graphs": False, "packed_weights": False}
-    record = {**record, "execution": plain | record.get("execution", {}), "guidance": {"interval": None, **record["guidance"]}}
+    guidance = {"kind": "classifier-free", "interval": None, **record["guidance"]}
+    record = {"objective": "ddpm", **record, "execution": plain | record.get("execution", {}), "guidance": guidance}
     if "density" in record:
         return record
     # Before token density the options held the grid, which was the density.

@@ -24,19 +24,13 @@ from torch import Tensor, nn
 
 from data.features import BatchOrder, FeatureDataset, open_features
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
-from diffusion.gaussian import EpsilonObjective
-from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from models import Backbone, DiT
 from models.weights import LoadingPlan, load
-from models.weights import export as export_state
 from runtime.checkpoint import (
     FOLDER,
-    read_header,
-    read_tensors,
+    Weights,
     read_weights,
     remove_leftovers,
-    save_checkpoint,
-    save_state,
 )
 from runtime.compilation import training_execution
 from runtime.config import ArgumentParser, InputError, run_script, to_mapping
@@ -45,19 +39,27 @@ from runtime.density_groups import check_groups, groups_line, number_of_groups
 from runtime.density_report import density_lines, draw_density, record_density
 from runtime.distributed import make_accelerator, promised_processes, set_numerics
 from runtime.execution import Execution
+from runtime.export import export
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
-from runtime.networks import build, describe, described, fit_weights, summary
+from runtime.networks import (
+    as_ours,
+    build,
+    describe,
+    fit_weights,
+    summary,
+)
+from runtime.objectives import Objective, make_objective
 from runtime.resuming import (
+    changes_since,
     check_resumable,
     network_before,
     network_in,
     network_of,
-    option_changes,
     resume_from,
     saved_header,
 )
-from runtime.sampling import SamplingSettings, picture_grid, sample_latents
+from runtime.sampling import SamplingSettings, picture_grid, sample_latents, sampled_timesteps
 from runtime.seeding import Keys, integers
 from runtime.settings import TrainingSettings, parse_training
 from runtime.training import Trainer
@@ -86,7 +88,7 @@ class Prepared:
     settings: TrainingSettings  # with the number of density groups
     features: FeatureDataset
     network: DiT  # a blueprint
-    objective: EpsilonObjective
+    objective: Objective
     run: Path
     lock: IO[str] | None  # held by the first process
     resume: Path | None
@@ -112,23 +114,23 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         latent_size=features.latent_shape[1:],
         in_channels=features.latent_shape[0],
         num_classes=features.num_classes,
-        learn_sigma=settings.learn_sigma,
+        learn_sigma=bool(settings.learn_sigma),
         label_drop=settings.label_drop,
+        objective=str(settings.objective),
     )
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
     resume = resume_from(settings, run)
     saved = saved_header(resume) if resume else None
     before = network_in(resume, saved) if resume and saved else network_before(settings)
     network = network_of(settings, backbone, options, before)
-    schedule = NoiseSchedule.linear()
-    schedule.respaced(settings.sample_steps)
-    objective = EpsilonObjective(schedule, settings.min_snr_gamma, settings.learn_sigma, settings.timestep_strata)
+    sampled_timesteps(network, grid_sampling(settings))
+    objective = make_objective(settings)
     grid_codec = grid_codec_of(settings, features) if settings.sample_every else None
     header = {
         "network": describe(network, settings.model),
         "data": data_header(features),
         "versions": versions(),
-        "objective": "ddpm",
+        "objective": network.backbone.objective,
     }
     groups_before = saved["settings"].get("density_groups", 1) if saved else None
     if saved and not (isinstance(groups_before, int) and groups_before > 0):
@@ -148,14 +150,19 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     if resume and saved:
         check_resumable(resume, saved, settings, header)
     check_groups(groups, promised_processes(), settings.gradient_accumulation)
-    weights = None if resume or settings.pretrained == "none" else read_weights(settings.pretrained)
+    weights = None if resume or settings.pretrained == "none" else pretrained_weights(settings)
     state, loading = fit_weights(weights, network) if weights else (None, None)
     origin = weights.origin if weights else None
-    changes = option_changes(before, network)
+    changes = changes_since(before, network)
     held = hold(settings, run, resume)
     return Prepared(
         settings, features, network, objective, run, held, resume, state, loading, origin, changes, grid_codec, header
     )
+
+
+def pretrained_weights(settings: TrainingSettings) -> Weights:
+    """--pretrained in our conventions."""
+    return as_ours(read_weights(settings.pretrained), settings.model, settings.time_scale)
 
 
 def hold(settings: TrainingSettings, run: Path, resume: Path | None) -> IO[str] | None:
@@ -204,7 +211,7 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         for line in opening_lines(prepared, network, trainer, execution):
             say(line)
         if network.plan_varies:
-            record_density(network, run / "density.png", SamplingSettings().num_sampling_steps)
+            record_density(network, run / "density.png", sampled_timesteps(network, SamplingSettings()))
     trainer.run()
     # The data-parallel wrapper must not be the process group's last owner: its destructor would join gloo's threads while it
     # holds the interpreter lock that they need, and the process would never end.
@@ -224,7 +231,7 @@ def opening_lines(prepared: Prepared, network: DiT, trainer: Trainer, execution:
     processes, accumulation = accelerator.num_processes, settings.gradient_accumulation
     yield summary(network, settings.model)
     yield from network.training_lines(trainer.last_step)
-    yield from density_lines(network, settings.model, SamplingSettings().num_sampling_steps)
+    yield from density_lines(network, settings.model, sampled_timesteps(network, SamplingSettings()))
     yield prepared.features.describe()
     yield (
         f"batch {settings.global_batch_size} = {processes} processes x {accumulation} accumulation x "
@@ -284,8 +291,7 @@ def grid_codec_of(settings: TrainingSettings, features: FeatureDataset) -> Codec
 
 def grid_maker(settings: TrainingSettings, codec: Codec, device: torch.device, run: Path) -> Callable[[nn.Module, int], Tensor]:
     """A function from the averaged network and the step to a picture of samples, also written to the run's folder."""
-    index = torch.arange(settings.sample_count)
-    sampling = SamplingSettings(cfg_scale=settings.cfg_scale, num_sampling_steps=settings.sample_steps, sampler="ddpm")
+    index, sampling = torch.arange(settings.sample_count), grid_sampling(settings)
 
     def make(network: Any, step: int) -> Tensor:
         labels = integers(Keys(settings.seed, 0, index), "grid label", network.backbone.num_classes)
@@ -298,6 +304,11 @@ def grid_maker(settings: TrainingSettings, codec: Codec, device: torch.device, r
     return make
 
 
+def grid_sampling(settings: TrainingSettings) -> SamplingSettings:
+    """How the pictures of a grid are sampled."""
+    return SamplingSettings(cfg_scale=settings.cfg_scale, num_sampling_steps=settings.sample_steps)
+
+
 def work_meter(device: torch.device, run: Path) -> Callable[[DiT], Mapping[str, float]]:
     """A function that samples a little from the averaged network, draws what that computed, and says which share it was."""
 
@@ -307,42 +318,6 @@ def work_meter(device: torch.device, run: Path) -> Callable[[DiT], Mapping[str, 
         return {"flops_ratio/sampled": measured_ratio(network, work)}
 
     return measure
-
-
-def export(arguments: list[str]) -> None:
-    """`train.py export CHECKPOINT OUTPUT`: the averaged weights alone, under our names or a released layout's."""
-    parser = ArgumentParser("Writes the weights of a training checkpoint, without optimizer state.", "train.py export")
-    parser.add_argument("checkpoint", help="a checkpoint of train.py")
-    parser.add_argument("output", help="file to write: .safetensors, or .pt for a released layout")
-    parser.add_argument("--layout", default="ours", choices=("ours", "released"), help="key names (default: ours)")
-    parser.add_argument("--raw", action="store_true", help="the raw weights in place of the averaged ones")
-    chosen = parser.parse_args(arguments)
-    header = read_header(chosen.checkpoint) if chosen.checkpoint.endswith(".safetensors") else None
-    if header is None or "settings" not in header:
-        raise InputError(f"{chosen.checkpoint} is no training checkpoint; give one that train.py wrote under checkpoints/.")
-    if chosen.layout == "ours" and not chosen.output.endswith(".safetensors"):
-        raise InputError(f"{chosen.output}: our layout is written as .safetensors; give such a name, or --layout released.")
-    if Path(chosen.output).exists() and Path(chosen.output).samefile(chosen.checkpoint):
-        raise InputError(f"{chosen.output} is the checkpoint itself; give another output.")
-    check_new_file(chosen.output, "output")
-    kept = {key: header[key] for key in ("network", "data", "versions", "objective", "step")}
-    kept["weights"] = "raw" if chosen.raw else "ema"
-    network = build(described(header["network"]))
-    network.load_state_dict(read_tensors(chosen.checkpoint, "model/" if chosen.raw else "ema/"))
-    if chosen.layout == "ours":
-        save_checkpoint(chosen.output, network.state_dict(), kept)
-    else:
-        save_state(chosen.output, export_state(network, network.released_layout))
-        default = type(network).resolve(network.options_type(), network.backbone)
-        told = {
-            name: value
-            for name, value in header["network"]["options"].items()
-            if name not in network.training_options and value != to_mapping(default)[name]
-        }
-        if told:
-            whole = ", ".join(f"{name} {value}" for name, value in header["network"]["options"].items())
-            print(f"This layout holds no options; whoever loads it must know {whole}")
-    print(f"{chosen.output}: {'raw' if chosen.raw else 'averaged'} weights of step {header['step']}, {chosen.layout} layout")
 
 
 def plan(arguments: list[str]) -> None:
@@ -358,17 +333,24 @@ def plan(arguments: list[str]) -> None:
     settings, options = parse_training(others, "train.py plan")
     channels, *latent_size = resolve_codec(settings.vae or "ema").latent_shape(settings.image_size)
     classes = settings.num_classes or 1000
-    backbone = Backbone.named(settings.model, (latent_size[0], latent_size[1]), channels, classes, settings.learn_sigma)
-    network, steps = network_of(settings, backbone, options, network_before(settings)), chosen.num_sampling_steps
-    respaced_timesteps(steps)
+    backbone = Backbone.named(
+        settings.model,
+        (latent_size[0], latent_size[1]),
+        channels,
+        classes,
+        bool(settings.learn_sigma),
+        objective=str(settings.objective),
+    )
+    network = network_of(settings, backbone, options, network_before(settings))
+    timesteps = sampled_timesteps(network, SamplingSettings(num_sampling_steps=chosen.num_sampling_steps))
     if chosen.output and network.density is None:
         raise InputError(f"--output: --method {settings.method} has no token density to draw; leave the flag out.")
     if chosen.output:
         check_new_file(chosen.output, "--output")
-    costs = *network.training_lines(settings.max_steps), *density_lines(network, settings.model, steps)
+    costs = *network.training_lines(settings.max_steps), *density_lines(network, settings.model, timesteps)
     print("\n".join((summary(network, settings.model), *costs)))
     if chosen.output:
-        draw_density(network, Path(chosen.output), steps)
+        draw_density(network, Path(chosen.output), timesteps)
 
 
 def main() -> None:

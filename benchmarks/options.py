@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from models import METHODS, Backbone, DiT, method_class
 from runtime.config import InputError, checked_values, from_mapping, option, to_mapping
-from runtime.networks import blueprint
+from runtime.networks import blueprint, default_objective, default_time_scale
 from runtime.sampling import MOST_AT_ONCE
 
 PIXELS_PER_LATENT = 8
@@ -54,9 +54,21 @@ class NetworkSettings(CommonSettings):
         return 4, side, side
 
     def blueprints(self) -> tuple[DiT, DiT]:
-        """The dense network and the method's, without storage. InputError where they cannot be."""
+        """The dense network and the method's, without storage, both under the method's objective. InputError where they cannot
+        be.
+        """
         channels, height, width = self.latent_shape
-        backbone = Backbone.named(self.model, (height, width), channels, self.num_classes)
+        method_class(self.method)
+        objective = default_objective(self.model, self.method)
+        backbone = Backbone.named(
+            self.model,
+            (height, width),
+            channels,
+            self.num_classes,
+            learn_sigma=objective == "ddpm",
+            objective=objective,
+            time_scale=default_time_scale(self.model, self.method),
+        )
         return blueprint(DENSE, backbone, {}), blueprint(self.method, backbone, self.method_options())
 
     def method_options(self) -> dict[str, Any]:

@@ -25,14 +25,13 @@ from benchmarks.result import Work, heading, rows_of, table
 from benchmarks.timing import interleaved
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
 from diffusion.guidance import Interval, Predict, check_guidance
-from diffusion.schedule import respaced_timesteps
 from models import DiT
 from runtime.config import InputError, option
 from runtime.decoding import make_decoder
 from runtime.execution import Execution, ExecutionSettings, resolve_execution
 from runtime.logs import say
 from runtime.networks import summary
-from runtime.sampling import SamplingSettings, plain_forward, sample_latents, sampling_cost
+from runtime.sampling import SamplingSettings, plain_forward, sample_latents, sampled_timesteps, sampling_cost
 
 BATCHES, TIMED_STEPS = {"cpu": 1}, {"cpu": 4}
 GPU_BATCH, GPU_TIMED_STEPS = 32, 25
@@ -107,7 +106,7 @@ def check(settings: SampleSettings, timed: int) -> None:
     """InputError for what no sampling can be."""
     check_guidance(settings.cfg_scale, None)
     Interval.of(settings.guidance_interval)
-    respaced_timesteps(str(settings.steps))
+    sampled_timesteps(settings.blueprints()[1], SamplingSettings(num_sampling_steps=str(settings.steps)))
     if timed > settings.steps:
         raise InputError(f"--timed-steps is {timed}, more than the {settings.steps} --steps; give fewer.")
 

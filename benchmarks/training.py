@@ -26,8 +26,7 @@ from benchmarks.memory import weights_gib
 from benchmarks.options import DENSE, NetworkSettings, recorded
 from benchmarks.result import Work, heading, rows_of, table
 from benchmarks.timing import interleaved
-from diffusion.gaussian import EpsilonObjective
-from diffusion.schedule import NoiseSchedule, Timesteps
+from diffusion.schedule import Timesteps
 from models import DiT
 from models.token_density import TIMESTEPS
 from runtime.compilation import training_execution
@@ -36,8 +35,9 @@ from runtime.density_groups import group_timestep, interval_of
 from runtime.distributed import make_accelerator
 from runtime.logs import say
 from runtime.networks import build, summary
+from runtime.objectives import Objective, make_objective
 from runtime.seeding import Keys, integers, normal
-from runtime.settings import TrainingSettings
+from runtime.settings import TrainingSettings, with_objective
 from runtime.training import Batch, Trainer, TrainingStep
 
 PICTURES = 256
@@ -84,7 +84,7 @@ class PlainLoop:
     average updated parameter by parameter, the loss read back at every step.
     """
 
-    def __init__(self, network: DiT, objective: EpsilonObjective, data: RandomData, batch: int, device: torch.device) -> None:
+    def __init__(self, network: DiT, objective: Objective, data: RandomData, batch: int, device: torch.device) -> None:
         self.network, self.data, self.device = network, data, device
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self.step_module, self.plans = TrainingStep(network, objective, 0), network.training_plans()
@@ -97,7 +97,10 @@ class PlainLoop:
     def optimize(self) -> None:
         """One optimizer step."""
         latents, labels = self.data.batch_at(self.step, self.positions, self.device)
-        interval = interval_of([timesteps for timesteps, _ in self.plans], group_timestep(0, self.step, 0, 1))
+        interval = interval_of(
+            [timesteps for timesteps, _ in self.plans],
+            group_timestep(0, self.step, 0, 1, self.step_module.objective.timestep_at),
+        )
         timesteps, plan = self.plans[interval]
         bounds = Timesteps(*(torch.tensor(bound, device=self.device) for bound in (timesteps.start, timesteps.stop)))
         batch = Batch(latents, labels, self.positions.to(self.device), bounds, plan)
@@ -128,7 +131,7 @@ def measure(settings: TrainSettings) -> dict[str, Any]:
     execution = training_execution(our_settings(settings, batch), device)
     if execution.note:
         say(f"WARNING: {execution.note}")
-    data, objective = RandomData(blueprints[1]), EpsilonObjective(NoiseSchedule.linear(), None, True)
+    data, objective = RandomData(blueprints[1]), make_objective(our_settings(settings, batch))
     dense, plain, ours = f"{DENSE}, {PLAIN}", f"{settings.method}, {PLAIN}", f"{settings.method}, {OURS}"
     loops = {
         name: PlainLoop(trainable(blueprint, device), objective, data, batch, device)
@@ -172,7 +175,7 @@ def plain_precision(device: torch.device) -> str:
 
 def our_settings(settings: TrainSettings, batch: int) -> TrainingSettings:
     """train.py's, with one density group: each step draws one interval of the timesteps, as the plain loop does."""
-    return TrainingSettings(
+    asked = TrainingSettings(
         model=settings.model,
         method=settings.method,
         image_size=settings.image_size,
@@ -184,11 +187,12 @@ def our_settings(settings: TrainSettings, batch: int) -> TrainingSettings:
         gradient_checkpointing=settings.gradient_checkpointing,
         ema_warmup=False,
     )
+    return with_objective(asked)
 
 
 @contextmanager
 def our_loop(
-    settings: TrainSettings, network: DiT, precision: str, batch: int, data: RandomData, objective: EpsilonObjective
+    settings: TrainSettings, network: DiT, precision: str, batch: int, data: RandomData, objective: Objective
 ) -> Iterator[Trainer]:
     """train.py's trainer, which writes nothing."""
     accelerator = make_accelerator(precision, 1)

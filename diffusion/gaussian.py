@@ -121,6 +121,10 @@ class EpsilonObjective:
         noise = normal(keys, "noise", tuple(x0.shape[1:]))  # (N, C, H, W)
         return Noised(q_sample(self.schedule, x0, t, noise), t, x0, noise)
 
+    def timestep_at(self, share: float) -> int:
+        """The timestep of which `share` of the draws are smaller."""
+        return int(share * len(self.schedule))
+
     def losses(self, output: Tensor, noised: Noised) -> dict[str, Tensor]:
         """Losses per sample, (N,) each: "loss" is the total, "mse" and "vlb" its parts."""
         total, mse, vlb = self(output, noised.x0, noised.t, noised.noise)

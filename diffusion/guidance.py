@@ -1,16 +1,18 @@
-"""Classifier-free guidance (Ho & Salimans 2022), as DiT's published figures use it, at all steps or in an interval of them."""
+"""Guidance at all steps or in an interval of them: classifier-free (Ho & Salimans 2022), as DiT's published figures use it, and
+path-drop (SPRINT, arXiv 2510.21986), whose unconditional half leaves out most of the network.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from diffusion.samplers import Denoise
-from diffusion.schedule import TIMESTEPS
+from diffusion.schedule import TIMESTEPS, plan_timestep
 from runtime.config import InputError
 
 # x (N, C, H, W); t (1,), the timestep of all; y (R,), the different labels; plan; index (N,): sample i has label y[index[i]],
@@ -18,6 +20,37 @@ from runtime.config import InputError
 # compared with `==`.
 Predict = Callable[[Tensor, Tensor, Tensor, Any, Tensor | None], Tensor]
 Plans = Callable[[int], tuple[Any, Any]]  # original timestep -> (conditional plan, unconditional plan)
+
+
+class Planner(Protocol):
+    """What a network says of its passes at an original timestep, 0 .. 999."""
+
+    def plan(self, t: int) -> Any:
+        """Its pass."""
+
+    def guidance_plans(self, t: int) -> tuple[Any, Any]:
+        """Those of the conditional and the unconditional half."""
+
+    def cheap_plan(self, t: int) -> Any | None:
+        """A pass that leaves out most of the network; None where there is none."""
+
+
+def classifier_free(network: Planner) -> Plans:
+    """Both halves as the network has them."""
+    return network.guidance_plans
+
+
+def path_drop(network: Planner) -> Plans:
+    """The unconditional half by the network's cheap path (SPRINT, section 3.4). InputError where it has none."""
+    if network.cheap_plan(0) is None:
+        raise InputError(
+            "--guidance path-drop needs a network with a cheap path, and this method has none; leave the flag out."
+        )
+    return lambda t: (network.plan(t), network.cheap_plan(t))
+
+
+GUIDANCE: dict[str, Callable[[Planner], Plans]] = {"classifier-free": classifier_free, "path-drop": path_drop}
+"""What the halves of guidance compute, by name."""
 
 
 class Interval(NamedTuple):
@@ -37,8 +70,8 @@ class Interval(NamedTuple):
             )
         return cls(low, high)
 
-    def holds(self, timestep: int) -> bool:
-        """Whether the original timestep, 0 .. 999, lies in the interval."""
+    def holds(self, timestep: float) -> bool:
+        """Whether the timestep, 0 .. 1000, lies in the interval."""
         return self.low <= timestep / TIMESTEPS <= self.high
 
 
@@ -81,7 +114,7 @@ def label_rows(labels: Tensor, null_class: int) -> tuple[LabelRows, LabelRows, L
     return LabelRows(labels, None), with_null, LabelRows(null[:1], nowhere)
 
 
-def classifier_free_guidance(
+def guided(
     predict: Predict,
     labels: Tensor,
     null_class: int,
@@ -94,17 +127,17 @@ def classifier_free_guidance(
 
     `scale` 1 is no guidance and makes no unconditional pass, nor does a step outside `interval` (None: everywhere).
     `channels` = 3 is DiT's published protocol (the fourth latent channel is left alone by the code behind the paper's
-    figures), None guides all. Both halves run as one batch of 2N where `plans` gives them equal plans, otherwise as two calls
-    of N; without `plans` the plan is None. Labels are classes 0 .. null_class - 1.
+    figures), None guides all. `plans` is what an entry of GUIDANCE makes of the network. Both halves run as one batch of 2N
+    where it gives them equal plans, otherwise as two calls of N; without `plans` the plan is None. Labels are classes
+    0 .. null_class - 1.
     """
     check_guidance(scale, channels)
     interval = interval or Interval.of(None)
-    timesteps = torch.arange(TIMESTEPS, device=labels.device)  # on the device once: a step takes a view
     alone, both, null = label_rows(labels, null_class)
 
-    def denoise(x: Tensor, timestep: int) -> Tensor:
-        plan, null_plan = (None, None) if plans is None else plans(timestep)
-        t = timesteps[timestep : timestep + 1]  # (1,)
+    def denoise(x: Tensor, timestep: float) -> Tensor:
+        plan, null_plan = (None, None) if plans is None else plans(plan_timestep(timestep))
+        t = torch.full((1,), timestep, device=labels.device)
         if scale == 1.0 or not interval.holds(timestep):
             return predict(x, t, alone.rows, plan, alone.row_of)
         if plan == null_plan:

@@ -1,40 +1,35 @@
 """Samplers: pure functions from noise to latents over an already guided denoiser. They know timesteps, not methods.
 
-`denoise(x, timestep)` receives the latents (N, C, H, W) float32 and the original timestep, an int, equal for the whole
-batch; it returns epsilon and, where the network has them, the variance channels, (N, C or 2C, H, W). Nothing here reads a
-tensor back from the device.
+`denoise(x, timestep)` receives the latents (N, C, H, W) float32 and the timestep, equal for the whole batch: an int, the
+original one; under flow any number, 1000 times the flow time. It returns epsilon and, where the network has them, the variance
+channels, (N, C or 2C, H, W); under flow the velocity (N, C, H, W). Nothing here reads a tensor back from the device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from diffusion.flow import (
+    euler,
+    euler_maruyama,
+    euler_maruyama_timesteps,
+    euler_timesteps,
+    heun,
+    heun_timesteps,
+    step_count,
+)
 from diffusion.gaussian import predicted_moments, predicted_x0, split_output
-from diffusion.schedule import NoiseSchedule
+from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from runtime.config import InputError
 
-Denoise = Callable[[Tensor, int], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]
 StepNoise = Callable[[int], Tensor]  # k -> the k-th standard normal noise that is added, (N, C, H, W), k = 0, 1, ...
 Callback = Callable[[int, Tensor, Tensor], None]  # after each step: its number 0, 1, ..., the latents, the predicted x0
-
-
-class Sampler(Protocol):
-    """What the entries of SAMPLERS share."""
-
-    def __call__(
-        self,
-        denoise: Denoise,
-        noise: Tensor,
-        schedule: NoiseSchedule,
-        *,
-        step_noise: StepNoise,
-        callback: Callback | None = None,
-    ) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -88,4 +83,62 @@ def ddim(
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim}
+class Run(Protocol):
+    """A sampler as its entry in SAMPLERS runs it; `steps` is the text of `--num-sampling-steps`."""
+
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, steps: str, step_noise: StepNoise, callback: Callback | None = None
+    ) -> Tensor: ...
+
+
+class Sampler(NamedTuple):
+    """What is to be known of a sampler by its name."""
+
+    objective: str  # "ddpm" or "flow": what its networks were trained under
+    timesteps: Callable[[str], list[float]]  # those at which it asks the network, in order; InputError for what are no steps
+    run: Run
+
+
+def ancestral_timesteps(steps: str) -> list[float]:
+    """The timesteps at which `ddpm` and `ddim` ask the network."""
+    return list(reversed(respaced_timesteps(steps)))
+
+
+def respaced(steps: str) -> NoiseSchedule:
+    """DiT's schedule with only the steps that `steps` keeps."""
+    return NoiseSchedule.linear().respaced(steps)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(
+        "ddpm",
+        ancestral_timesteps,
+        lambda denoise, noise, steps, step_noise, callback=None: ddpm(denoise, noise, respaced(steps), step_noise, callback),
+    ),
+    "ddim": Sampler(
+        "ddpm",
+        ancestral_timesteps,
+        lambda denoise, noise, steps, step_noise, callback=None: ddim(denoise, noise, respaced(steps), callback=callback),
+    ),
+    "euler": Sampler(
+        "flow",
+        euler_timesteps,
+        lambda denoise, noise, steps, step_noise, callback=None: euler(denoise, noise, step_count(steps), callback),
+    ),
+    "heun": Sampler(
+        "flow",
+        heun_timesteps,
+        lambda denoise, noise, steps, step_noise, callback=None: heun(denoise, noise, step_count(steps), callback),
+    ),
+    "euler-maruyama": Sampler(
+        "flow",
+        euler_maruyama_timesteps,
+        lambda denoise, noise, steps, step_noise, callback=None: euler_maruyama(
+            denoise, noise, step_count(steps), step_noise, callback
+        ),
+    ),
+}
+"""Every sampler by name."""
+
+PUBLISHED = {"ddpm": "ddpm", "flow": "euler-maruyama"}
+"""The sampler of each objective's published scores."""

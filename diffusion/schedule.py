@@ -23,6 +23,11 @@ TIMESTEPS = 1000
 """Steps of the schedule that DiT is trained with."""
 
 
+def plan_timestep(timestep: float) -> int:
+    """The original timestep, 0 .. 999, that says what a step computes: a flow's timestep is any number from 0 to 1000."""
+    return min(int(timestep), TIMESTEPS - 1)
+
+
 class Timesteps(NamedTuple):
     """start, start + 1, .. stop - 1, as `range`, in tensors: a compiled graph then holds for any of them."""
 

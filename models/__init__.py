@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from models.dit import Backbone, DiT
+from models.backbone import Backbone
+from models.dit import DiT
 from models.dydit import DyDiT
 from models.layers import Plan
 from models.sparsedit import SparseDiT
+from models.sprint import SPRINT
 from runtime.config import InputError, from_mapping, nearest
 
 __all__ = [
     "METHODS",
+    "SPRINT",
     "Backbone",
     "DiT",
     "DyDiT",
@@ -29,7 +32,7 @@ __all__ = [
     "method_class",
 ]
 
-METHODS: Mapping[str, type[DiT]] = {"dense": DiT, "sparsedit": SparseDiT, "dydit": DyDiT}
+METHODS: Mapping[str, type[DiT]] = {"dense": DiT, "sparsedit": SparseDiT, "dydit": DyDiT, "sprint": SPRINT}
 """Every method by name, the dense backbone first. To add one: a file in `models/` and a line here."""
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers import (
     Block,
     Condition,
     FinalLayer,
+    FlatPatchEmbedder,
     LabelEmbedder,
     ModulatedBlock,
     PatchEmbedder,
@@ -25,89 +26,10 @@ from models.layers import (
 from models.token_density import TIMESTEPS, TokenDensity
 from models.weights import DenseRules, Rows
 from models.work import CountedWork
-from runtime.config import InputError, nearest
 from runtime.seeding import Keys, uniform
-
-SIZES = {"T": (48, 8, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-"""Width, depth, heads. T is the debug size, for tests."""
-
-BACKBONES = ["DiT-T/2", *(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))]
 
 Draws = Mapping[str, Tensor]
 """Random tensors of one training step, by name, each with the batch as its first dimension."""
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """The sizes of a DiT, whatever method runs on it."""
-
-    hidden_size: int
-    depth: int
-    num_heads: int
-    patch_size: int
-    latent_size: tuple[int, int]  # height, width
-    in_channels: int = 4
-    num_classes: int = 1000
-    learn_sigma: bool = True
-    mlp_ratio: float = 4.0
-    label_drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "depth", "num_heads", "patch_size", "in_channels", "num_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise InputError(f"hidden size {self.hidden_size} must be a multiple of 4 and of the {self.num_heads} heads.")
-        if min(self.latent_size) < 1 or any(side % self.patch_size for side in self.latent_size):
-            height, width = self.latent_size
-            raise InputError(
-                f"a latent of {height} x {width} cannot be cut into patches of {self.patch_size}; choose another "
-                "--image-size or a --model with another patch size."
-            )
-
-    @classmethod
-    def named(
-        cls,
-        name: str,
-        latent_size: tuple[int, int],
-        in_channels: int = 4,
-        num_classes: int = 1000,
-        learn_sigma: bool = True,
-        label_drop: float = 0.1,
-    ) -> Backbone:
-        """A published size ("DiT-XL/2") or one in numbers: "DiT-96x8x4/1" is width 96, depth 8, 4 heads, patch 1."""
-        numbers = re.fullmatch(r"DiT-(\d+)x(\d+)x(\d+)/(\d+)", name)
-        if name in BACKBONES:
-            size, _, patch = name.removeprefix("DiT-").partition("/")
-            sizes = (*SIZES[size], int(patch))
-        elif numbers:
-            width, depth, heads, patch_size = map(int, numbers.groups())
-            sizes = (width, depth, heads, patch_size)
-        else:
-            hint = nearest(name, BACKBONES).rstrip(".")
-            raise InputError(f"--model {name!r} is not known{hint} (or in numbers: DiT-WIDTHxDEPTHxHEADS/PATCH).")
-        return cls(
-            *sizes,
-            latent_size=latent_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            label_drop=label_drop,
-        )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the full token map."""
-        return self.latent_size[0] // self.patch_size, self.latent_size[1] // self.patch_size
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def out_channels(self) -> int:
-        """Noise channels, then, with learned sigma, as many variance channels."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
 
 
 @dataclass(frozen=True)
@@ -121,6 +43,11 @@ class DiT(nn.Module):
     options_type: ClassVar[type] = DenseOptions
     released_layout: ClassVar[str] = "DiT"
     """The layout in which the authors publish weights (see `layout_names`)."""
+    released_objective: ClassVar[Literal["ddpm", "flow"]] = "ddpm"
+    """What these were trained under, which their files do not say."""
+    released_time_scale: ClassVar[float] = TIMESTEPS
+    """Their `Backbone.time_scale`."""
+    x_embedder: PatchEmbedder | FlatPatchEmbedder
     blocks: Sequence[ModulatedBlock]
     work: CountedWork | None = None
     """Counts what passes computed where that depends on what they saw; None: a plan says it all."""
@@ -133,14 +60,12 @@ class DiT(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.options = self.resolve(options or self.options_type(), backbone)
-        width, patch = backbone.hidden_size, backbone.patch_size
-        self.x_embedder = PatchEmbedder(patch, backbone.in_channels, width)
+        width = backbone.hidden_size
+        self.build_patch_embedding()
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(backbone.num_classes, width)
-        # A parameter without gradient, as in DiT: it stands in checkpoints and in the published parameter counts.
-        self.pos_embed = nn.Parameter(torch.empty(1, backbone.tokens, width), requires_grad=False)
         self.blocks = nn.ModuleList(self.build_blocks())  # type: ignore[assignment]
-        self.final_layer = FinalLayer(width, patch, backbone.out_channels)
+        self.final_layer = FinalLayer(width, backbone.patch_size, backbone.out_channels)
         self.initialize_weights()
 
     # What a method replaces ------------------------------------------------------------------------------------------
@@ -149,6 +74,17 @@ class DiT(nn.Module):
     def resolve(cls, options: Any, backbone: Backbone) -> Any:
         """`options` with every default filled in for `backbone`; InputError where they do not fit it."""
         return options
+
+    def build_patch_embedding(self) -> None:
+        """What makes tokens of a latent, and tells their places."""
+        backbone = self.backbone
+        self.x_embedder = PatchEmbedder(backbone.patch_size, backbone.in_channels, backbone.hidden_size)
+        # A parameter without gradient, as in DiT: it stands in checkpoints and in the published parameter counts.
+        self.pos_embed = nn.Parameter(torch.empty(1, backbone.tokens, backbone.hidden_size), requires_grad=False)
+
+    def embed_patches(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> the full token map (N, T, D)"""
+        return self.x_embedder(x) + self.pos_embed
 
     def build_blocks(self) -> Iterator[ModulatedBlock]:
         """The blocks in the order in which they run, one per layer of the backbone."""
@@ -188,9 +124,17 @@ class DiT(nn.Module):
         return Plan()
 
     def guidance_plans(self, t: int) -> tuple[Plan, Plan]:
-        """Plans of the conditional and the unconditional half; equal plans let both halves run as one batch."""
+        """Plans of the conditional and the unconditional half of classifier-free guidance; equal plans let both halves run as
+        one batch.
+        """
         plan = self.plan(t)
         return plan, plan
+
+    def cheap_plan(self, t: int) -> Plan | None:
+        """A pass at timestep t that leaves out most of the network, which path-drop guidance takes for the unconditional half;
+        None where the method has none.
+        """
+        return None
 
     def training_plans(self, step: int = 0) -> Sequence[tuple[range, Plan]]:
         """Intervals of timesteps, together 0 .. 999 in order, and the plan of a training pass within each.
@@ -262,7 +206,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Latents, timesteps, labels -> noise prediction, then variance channels when sigma is learned.
 
-        x (N, C, H, W); t (N,), 0 .. 999; y (N,) int64, `num_classes` is the null class -> (N, out_channels, H, W)
+        x (N, C, H, W); t (N,), 0 .. 999, flow times times 1000; y (N,) int64, `num_classes` is the null class
+        -> (N, out_channels, H, W)
         Where many samples share a timestep and a label: t (1,) is everyone's, and y (R,) holds the different labels, of which
         sample i has y[index[i]], index (N,) int64.
         Without a plan each sample gets that of its own timestep, the slow and general way: where plans differ the timesteps are
@@ -286,12 +231,17 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, Condition]:
         """The full token map (N, T, D) and what conditions its pass."""
         labels = self.y_embedder(y, None if draws is None else draws["label_drop"])  # (R, D), without an index R = N
-        timestep = self.t_embedder(t)  # (N, D) or (1, D)
-        return self.x_embedder(x) + self.pos_embed, Condition(timestep + labels, index, timestep)
+        timestep = self.t_embedder(self.embedded_time(t))  # (N, D) or (1, D)
+        return self.embed_patches(x), Condition(timestep + labels, index, timestep)
+
+    def embedded_time(self, t: Tensor) -> Tensor:
+        """What the timestep embedder is given for the timesteps t (N,), 0 .. 999 or flow times times 1000. -> (N,)"""
+        scale = self.backbone.time_scale
+        return t if scale == TIMESTEPS else t * (scale / TIMESTEPS)
 
     def _forward_by_plan(self, x: Tensor, t: Tensor, y: Tensor, draws: Draws | None) -> Tensor:
         """x (N, C, H, W), t (N,), y (N,) -> (N, out_channels, H, W), every sample under the plan of its timestep."""
-        plans = [self.plan(int(step)) for step in t.tolist()]
+        plans = [self.plan(min(int(step), TIMESTEPS - 1)) for step in t.tolist()]
         parts, order = [], []
         for plan in dict.fromkeys(plans):
             chosen = torch.tensor([place for place, other in enumerate(plans) if other == plan], device=x.device)
@@ -330,16 +280,19 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=linear_gain)
                 nn.init.zeros_(module.bias)
-        self.pos_embed.data.copy_(position_embedding(self.backbone.hidden_size, self.backbone.grid))
-        # The patch embedding is a Linear on flattened patches in all but name.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.backbone.hidden_size, -1))
-        zero(self.x_embedder.proj.bias)
+        self.initialize_patch_embedding()
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             assert isinstance(embedding, nn.Embedding | nn.Linear)
             nn.init.normal_(embedding.weight, std=0.02)
         zero(*self.final_layer.adaLN_modulation.parameters(), *self.final_layer.linear.parameters())
         for block in self.blocks:
             zero(*block.adaLN_modulation.parameters())
+
+    def initialize_patch_embedding(self) -> None:
+        self.pos_embed.data.copy_(position_embedding(self.backbone.hidden_size, self.backbone.grid))
+        # The patch embedding is a Linear on flattened patches in all but name.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.backbone.hidden_size, -1))
+        zero(self.x_embedder.proj.bias)
 
 
 def zero(*parameters: Tensor | None) -> None:

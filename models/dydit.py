@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dit import Backbone, DiT, Draws
+from models.backbone import Backbone
+from models.dit import DiT, Draws
 from models.dynamic_block import DynamicBlock, Masks, decide
 from models.layers import Condition, ModulatedBlock, Plan
 from models.slices import Snapshot
@@ -108,7 +109,7 @@ class DyDiT(DiT):
 
     def plan(self, t: int) -> Plan:
         """What is on at timestep t by the routers' weights of this moment; on the meta device, without weights, everything."""
-        if self.pos_embed.is_meta:
+        if self.final_layer.linear.weight.is_meta:
             return replace(self.everything, timestep=t)
         first, _, second = self.t_embedder.mlp
         assert isinstance(first, nn.Linear)
@@ -122,7 +123,8 @@ class DyDiT(DiT):
 
     def _plans(self, first: nn.Linear, second: nn.Linear, routers: Sequence[nn.Linear]) -> list[Plan]:
         """The plans of all timesteps, in float64 on the CPU: the same wherever and in whatever precision the network runs."""
-        embedded = F.silu(exact(first, self.t_embedder.sinusoids(torch.arange(TIMESTEPS)).double()))  # (1000, D)
+        times = self.embedded_time(torch.arange(TIMESTEPS))
+        embedded = F.silu(exact(first, self.t_embedder.sinusoids(times).double()))  # (1000, D)
         embedded = exact(second, embedded)  # (1000, D)
         always = torch.ones(TIMESTEPS, 1, dtype=torch.bool)
         logits = [exact(router, embedded) for router in routers]  # each (1000, groups - 1)
@@ -287,7 +289,7 @@ class DyDiT(DiT):
         # attention * share + mlp * share^2 = target * (attention + mlp)
         root = math.sqrt(attention**2 + 4 * mlp * self.options.flops_target * (attention + mlp))
         share, groups = (root - attention) / (2 * mlp), self.backbone.num_heads
-        timestep = self.t_embedder(torch.arange(TIMESTEPS, device=x.device))  # (1000, D)
+        timestep = self.t_embedder(self.embedded_time(torch.arange(TIMESTEPS, device=x.device)))  # (1000, D)
         for block in self.blocks:
             for router in (block.attn_rate.router, block.mlp_rate.router):
                 assert isinstance(router, nn.Linear)

@@ -71,12 +71,26 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A convolution would lay tokens out channel by channel, and every norm up to the next attention would pay for it.
-        patch, weight = self.proj.kernel_size[0], self.proj.weight.flatten(1)  # (D, C p p)
-        cells = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (N, C, rows, p, columns, p)
-        patches = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C p p)
+        weight = self.proj.weight.flatten(1)  # (D, C p p)
+        patches = cut_into_patches(x, self.proj.kernel_size[0])  # (N, T, C p p)
         # At low noise the prediction is a small difference of large numbers: they must not be rounded on the way in.
         with without_autocast(x):
             return F.linear(patches.to(weight.dtype), weight, self.proj.bias)  # (N, T, D)
+
+    def macs(self, tokens: int) -> int:
+        return linear_macs(self.proj, tokens)
+
+
+class FlatPatchEmbedder(nn.Module):
+    """Latent -> one token per patch: a Linear on the patch's pixels."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = Float32Linear(in_channels * patch_size**2, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(cut_into_patches(x, self.patch_size))  # (N, C, H, W) -> (N, T, D)
 
     def macs(self, tokens: int) -> int:
         return linear_macs(self.proj, tokens)
@@ -93,9 +107,7 @@ class TimestepEmbedder(nn.Module):
     @staticmethod
     def sinusoids(t: Tensor) -> Tensor:
         """t (N,), any number type -> (N, 256) float32: cosines, then sines, of t / 10000^(k / 128)."""
-        half = FREQUENCIES // 2
-        k = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t[:, None].float() * torch.exp(-math.log(10000.0) / half * k)  # (N, 128)
+        angles = t[:, None].float() * timestep_frequencies(t.device)  # (N, 128)
         return torch.cat((angles.cos(), angles.sin()), dim=1)  # (N, 256)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -103,6 +115,12 @@ class TimestepEmbedder(nn.Module):
 
     def macs(self) -> int:
         return linear_macs(self.mlp[0]) + linear_macs(self.mlp[2])
+
+
+def timestep_frequencies(device: torch.device | None = None) -> Tensor:
+    """-> (128,) float32"""
+    half = FREQUENCIES // 2
+    return torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=device))
 
 
 class LabelEmbedder(nn.Module):
@@ -261,6 +279,12 @@ def linear_macs(layer: nn.Module, positions: int = 1) -> int:
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """tokens (N, T, D), shift and scale (N, 1, D) -> (N, T, D)"""
     return torch.addcmul(shift, tokens, 1 + scale)
+
+
+def cut_into_patches(x: Tensor, patch: int) -> Tensor:
+    """(N, C, H, W) -> (N, T, C p p), the pixels of a patch channel by channel, rows before columns"""
+    cells = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (N, C, rows, p, columns, p)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C p p)
 
 
 def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dit import Backbone, DiT, Draws
+from models.backbone import Backbone
+from models.dit import DiT, Draws
 from models.layers import Block, Condition, CrossAttention, Float32Linear, ModulatedBlock, Plan, linear_macs, modulate
 from models.token_density import Grid, TokenDensity
 from models.weights import DenseRules, Rows

@@ -8,6 +8,7 @@ checkpoint that does not fit is refused before a network is built.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from models.layers import timestep_frequencies
 from runtime.config import InputError
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ def identify(shapes: Shapes, methods: Mapping[str, type[DiT]]) -> tuple[str, str
         if recognized:
             return name, *recognized
     raise InputError(f"the checkpoint's keys ({_listed(list(shapes))}) are those of no known DiT layout; give the weights of a "
-                     "DiT, SparseDiT, DyDiT or diffusers DiT, or one of our checkpoints.")  # fmt: skip
+                     "DiT, SiT, SparseDiT, DyDiT, SPRINT or diffusers DiT, or one of our checkpoints.")  # fmt: skip
 
 
 def export(network: DiT, layout: str) -> dict[str, Tensor]:
@@ -162,6 +164,45 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise InputError("the checkpoint holds weights with and without a `module.` or `_orig_mod.` prefix under one name; "
                          "save one of the two alone.")  # fmt: skip
     return {names[key]: value for key, value in state.items()}
+
+
+FIRST_TIME_LAYER = "t_embedder.mlp.0.weight"
+FINAL_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
+
+
+def from_sit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A SiT (arXiv 2401.08740) in our conventions, and back: its time runs from noise to data, and so does its velocity.
+
+    With s = 1 - t, the sinusoids of s are those of t turned by the frequencies, which goes into the first layer behind them;
+    the velocity's sign goes into the last layer. Both are exact. Variance outputs, which SiT throws away, are left out.
+    """
+    converted = without_variance(state)
+    cos, sin = converted[FIRST_TIME_LAYER].double().chunk(2, dim=1)  # (D, 128) each: of cosines, of sines
+    frequencies = timestep_frequencies().to(cos)
+    c, s = frequencies.cos(), frequencies.sin()
+    converted[FIRST_TIME_LAYER] = torch.cat((cos * c + sin * s, cos * s - sin * c), dim=1).to(state[FIRST_TIME_LAYER].dtype)
+    for name in FINAL_LAYER:
+        converted[name] = -converted[name]
+    return converted
+
+
+def has_variance(shapes: Shapes) -> bool:
+    """Whether a network of DiT's patches also puts out a variance for each channel."""
+    patches = shapes.get("x_embedder.proj.weight", ())  # (D, C, p, p)
+    outputs = shapes.get(FINAL_LAYER[0], (0,))[0]
+    return len(patches) == 4 and outputs == 2 * math.prod(patches[1:])
+
+
+def without_variance(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without variance outputs, which are the second half of the channels at each place of a patch."""
+    result = dict(state)
+    if not has_variance({key: tuple(value.shape) for key, value in state.items()}):
+        return result
+    channels, patch = state["x_embedder.proj.weight"].shape[1:3]
+    for name in FINAL_LAYER:
+        rows = result[name].unflatten(0, (patch * patch, -1))  # (p p, C or 2 C, ...)
+        result[name] = rows[:, :channels].flatten(0, 1)
+    return result
 
 
 DIFFUSERS_BLOCK = {

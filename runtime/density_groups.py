@@ -6,17 +6,18 @@ within the interval that holds t. The groups of a step take t by systematic samp
 chapter 8): one uniform offset for all, turned by the group's share of the range. Hence every group draws an interval with a
 probability of exactly its length / 1000, every sample's timestep is uniform over all 1000, and the groups of one step spread
 over the intervals as evenly as whole numbers allow. A group follows from the place in the global batch, not from the process.
+Where timesteps are not uniform, as logit-normal flow times, all this holds for the share of the draws that are smaller than t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from models.token_density import TIMESTEPS
 from runtime.config import InputError
-from runtime.seeding import Keys, integers
+from runtime.seeding import Keys, integers, uniform
 
 
 def number_of_groups(asked: int | None, saved: int | None, intervals: int, shares: int) -> int:
@@ -49,14 +50,23 @@ def group_of(position: int, batch: int, groups: int) -> int:
     return position * groups // batch
 
 
-def group_timestep(seed: int, step: int, group: int, groups: int) -> int:
-    """The timestep, 0 .. 999, whose interval is that of `group` at `step`; uniform for each group."""
+def evenly(share: float) -> int:
+    """The timestep of which `share` of uniform draws are smaller."""
+    return int(share * TIMESTEPS)
+
+
+def group_timestep(seed: int, step: int, group: int, groups: int, timestep_at: Callable[[float], int] = evenly) -> int:
+    """The timestep, 0 .. 999, whose interval is that of `group` at `step`; it falls for each group as training draws timesteps.
+
+    `timestep_at` is the objective's: of which timestep a share of the draws is smaller.
+    """
     keys = Keys(seed, step, torch.zeros(1, dtype=torch.int64))  # one for all groups
-    return turned(int(integers(keys, "density groups", TIMESTEPS)), group, groups)
+    offset = turned(int(integers(keys, "density groups", TIMESTEPS)), group, groups)
+    return timestep_at((offset + float(uniform(keys, "density groups"))) / TIMESTEPS)
 
 
 def turned(offset: int, group: int, groups: int) -> int:
-    """The timestep of `group` where that of the first group is `offset`."""
+    """The thousandth of the draws in which `group` lies where the first group's is `offset`."""
     return (offset + group * TIMESTEPS // groups) % TIMESTEPS
 
 

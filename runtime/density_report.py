@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion.schedule import respaced_timesteps
 from models import DiT
 from models.token_density import TIMESTEPS, TokenDensity
 from runtime.networks import dense_blueprint, mean_gmacs
@@ -42,15 +42,15 @@ LABELLED = 60
 """Timesteps of the shortest interval that has room in the plot for the name of its grid."""
 
 
-def density_lines(network: DiT, model: str, steps: str) -> list[str]:
+def density_lines(network: DiT, model: str, timesteps: Sequence[int]) -> list[str]:
     """What is printed before training and sampling, beside `runtime.networks.summary`: grids and GMACs over the timesteps.
 
-    `steps` is the sampler's choice of steps, as `NoiseSchedule.respaced` takes it. Nothing where every step does the same
+    `timesteps` are those of the sampler's steps. Nothing where every step does the same
     and there are no grids; one line where there is one grid; a table, mean GMACs and the paper's figure where there are more.
     """
     density = network.density
     if density is None:
-        return [_means(network, steps)] if network.plan_varies else []
+        return [_means(network, timesteps)] if network.plan_varies else []
     full = network.backbone.tokens
     if len(density.intervals) == 1:
         tokens = _tokens(density)[0]
@@ -60,14 +60,14 @@ def density_lines(network: DiT, model: str, steps: str) -> list[str]:
     lines = [f"token density {density}"]
     lines.append(f"  {'timesteps':<10}{'grid':>8}{f'tokens of {full}':>16}{'pruned r':>10}{'GMACs':>10}")
     rows = zip(density.intervals, _shown(density), _tokens(density), _gmacs(network, density), strict=True)
-    for timesteps, grid, tokens, gmacs in rows:
-        span = f"{timesteps.start}-{timesteps.stop - 1}"
+    for interval, grid, tokens, gmacs in rows:
+        span = f"{interval.start}-{interval.stop - 1}"
         lines.append(f"  {span:<10}{grid:>8}{tokens:>16}{_rate(tokens, full):>10}{gmacs:>10.{digits}f}")
     if (least := min(map(len, density.intervals))) < RARE:
         lines.append(
             f"  note: one of these grids serves {least} of {TIMESTEPS:,} timesteps; the map may be too coarse for rates"
         )
-    lines.append("  " + _means(network, steps))
+    lines.append("  " + _means(network, timesteps))
     row = published_row(network, model)
     if row is not None:
         lines.append(f"  the paper prints {row.gmacs:g} for r {row.rates} (arXiv 2412.06028, table 1), "
@@ -92,16 +92,15 @@ def published_row(network: DiT, model: str) -> Published | None:
     return None
 
 
-def draw_density(network: DiT, path: Path, steps: str) -> None:
+def draw_density(network: DiT, path: Path, sampled: Sequence[int]) -> None:
     """Sparse tokens and GMACs over the timesteps as a PNG. Equal content makes equal bytes; no file where there is no density.
 
-    Noise grows to the right.
+    Noise grows to the right; `sampled` are the timesteps of the sampler's steps.
     """
     density = network.density
     if density is None:
         return
     canvas = new_canvas(path, 8, 4.5)
-    sampled = respaced_timesteps(steps)
     mean, dense = mean_gmacs(network, sampled), mean_gmacs(dense_blueprint(network))
     edges, full = [*density.starts, TIMESTEPS], network.backbone.tokens
     figure = canvas.figure
@@ -126,15 +125,15 @@ def draw_density(network: DiT, path: Path, steps: str) -> None:
     save_canvas(canvas, path)
 
 
-def record_density(network: DiT, path: Path, steps: str) -> None:
+def record_density(network: DiT, path: Path, sampled: Sequence[int]) -> None:
     """`draw_density` beside work that is more than the picture: what keeps it from being drawn is a warning."""
-    try_to_draw("the token density", lambda: draw_density(network, path, steps))
+    try_to_draw("the token density", lambda: draw_density(network, path, sampled))
 
 
-def _means(network: DiT, steps: str) -> str:
+def _means(network: DiT, timesteps: Sequence[int]) -> str:
     """Mean GMACs over all timesteps and over the sampler's, and what share of the dense backbone's the latter is."""
-    timesteps, everywhere = respaced_timesteps(steps), mean_gmacs(network)
-    sampled, dense, digits = mean_gmacs(network, timesteps), mean_gmacs(dense_blueprint(network)), _decimals(everywhere)
+    everywhere, sampled, dense = mean_gmacs(network), mean_gmacs(network, timesteps), mean_gmacs(dense_blueprint(network))
+    digits = _decimals(everywhere)
     most = "" if network.work is None else ", at most"
     return (
         f"mean GMACs{most}: {everywhere:.{digits}f} over all {TIMESTEPS:,} timesteps, {sampled:.{digits}f} over the "

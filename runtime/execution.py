@@ -168,7 +168,7 @@ class Executor:
         if execution.packed_weights:
             pack_linears(network)
         if execution.compile != "none":
-            compile_blocks(network, execution.compile, [plan for t in range(TIMESTEPS) for plan in network.guidance_plans(t)])
+            compile_blocks(network, execution.compile, sampling_plans(network))
         self._run = PlanGraphs(self._forward, CudaCapture()) if execution.cuda_graphs else self._forward
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, plan: Plan, index: Tensor | None) -> Tensor:
@@ -177,6 +177,12 @@ class Executor:
     def _forward(self, x: Tensor, t: Tensor, y: Tensor, plan: Plan, index: Tensor | None) -> Tensor:
         with numerics(self.execution):
             return self.network(x, t, y, plan, index=index)
+
+
+def sampling_plans(network: DiT) -> list[Plan]:
+    """All that sampling may run."""
+    plans = [plan for t in range(TIMESTEPS) for plan in (*network.guidance_plans(t), network.cheap_plan(t))]
+    return [plan for plan in plans if plan is not None]
 
 
 @contextmanager

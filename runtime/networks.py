@@ -6,16 +6,29 @@ anything large is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from models import METHODS, Backbone, DiT, create_model
+from models.backbone import SIT
 from models.token_density import TIMESTEPS
-from models.weights import LABEL_TABLE, LoadingPlan, from_diffusers, identify, load, plan_loading, strip_prefixes
+from models.weights import (
+    LABEL_TABLE,
+    LoadingPlan,
+    from_diffusers,
+    from_sit,
+    has_variance,
+    identify,
+    load,
+    plan_loading,
+    strip_prefixes,
+    without_variance,
+)
 from runtime.checkpoint import Weights
 from runtime.config import InputError, to_mapping
 
@@ -63,9 +76,12 @@ def fit_weights(weights: Weights, plan: DiT) -> tuple[dict[str, Tensor], Loading
     Raises InputError, naming the checkpoint, when they do not fit.
     """
     try:
-        state = canonical(weights)
+        state, notes = canonical(weights), list[str]()
         _check_heads(weights, plan)
-        return state, plan_loading(plan, _shapes(state), METHODS)
+        if not plan.backbone.learn_sigma and has_variance(_shapes(state)):
+            state, notes = without_variance(state), ["the variance outputs are left out"]
+        loading = plan_loading(plan, _shapes(state), METHODS)
+        return state, replace(loading, notes=(*loading.notes, *notes))
     except InputError as error:
         raise InputError(f"{weights.origin}: {error}") from None
 
@@ -76,6 +92,32 @@ def _check_heads(weights: Weights, plan: DiT) -> None:
     if heads != plan.backbone.num_heads:
         raise InputError(f"the checkpoint's attention has {heads} heads and --model asks for {plan.backbone.num_heads}; give "
                          "the checkpoint's --model.")  # fmt: skip
+
+
+def as_ours(weights: Weights, model: str, time_scale: float | None = None) -> Weights:
+    """Released weights in our conventions: a SiT, as which `model` names them, with time and velocity reversed.
+
+    Files of ours, and what has other methods' keys, come back unchanged. InputError for a `time_scale` that SiT has not.
+    """
+    if weights.header is not None or not model.startswith(SIT):
+        return weights
+    state = canonical(weights)
+    if identify(_shapes(state), METHODS)[0] != next(iter(METHODS)):
+        return weights
+    if time_scale not in (None, 1.0):
+        raise InputError(f"{weights.origin}: SiT embeds the flow time itself; leave out --time-scale {time_scale:g}.")
+    converted = "SiT: time and velocity reversed, variance outputs left out"
+    return replace(weights, state=from_sit(state), origin=f"{weights.origin} ({converted})")
+
+
+def default_time_scale(model: str, method: str) -> float:
+    """What networks of a backbone and a method embed at full noise, where nothing else is said."""
+    return 1.0 if model.startswith(SIT) else METHODS[method].released_time_scale
+
+
+def default_objective(model: str, method: str) -> Literal["ddpm", "flow"]:
+    """What networks of a backbone and a method are trained under, where nothing else is said."""
+    return "flow" if model.startswith(SIT) else METHODS[method].released_objective
 
 
 def build_with(plan: DiT, weights: Weights) -> tuple[DiT, LoadingPlan]:
@@ -91,18 +133,30 @@ def canonical(weights: Weights) -> dict[str, Tensor]:
     return from_diffusers(strip_prefixes(weights.state))
 
 
-def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> DiT:
-    """The blueprint of a checkpoint without our header: the backbone is `model`, the rest is told by keys and shapes."""
+def recognized(
+    weights: Weights,
+    model: str,
+    latent_size: tuple[int, int],
+    objective: str | None = None,
+    time_scale: float | None = None,
+) -> DiT:
+    """The blueprint of a checkpoint without our header: the backbone is `model`, the rest is told by keys and shapes.
+
+    Neither tells `objective` and `time_scale`; None: those of published networks.
+    """
     shapes = _shapes(canonical(weights))
     try:
         method, _, options = identify(shapes, METHODS)
-        channels, patch = shapes["x_embedder.proj.weight"][1:3]
+        inputs = math.prod(shapes["x_embedder.proj.weight"][1:])  # of a patch
+        objective = objective or default_objective(model, method)
         backbone = Backbone.named(
             model,
             latent_size,
-            in_channels=channels,
+            in_channels=inputs // patch_size(shapes, model, latent_size) ** 2,
             num_classes=shapes[LABEL_TABLE][0] - 1,
-            learn_sigma=shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
+            learn_sigma=objective == "ddpm" and shapes["final_layer.linear.weight"][0] == 2 * inputs,
+            objective=objective,
+            time_scale=time_scale or default_time_scale(model, method),
         )
     except InputError as error:
         raise InputError(f"{weights.origin}: {error}") from None
@@ -113,6 +167,12 @@ def recognized(weights: Weights, model: str, latent_size: tuple[int, int]) -> Di
     except InputError as error:
         hint = f"does not fit --model {model}, give the backbone it was trained with"
         raise InputError(f"{weights.origin} {hint}: {error}") from None
+
+
+def patch_size(shapes: Mapping[str, tuple[int, ...]], model: str, latent_size: tuple[int, int]) -> int:
+    """The side of the patches that a checkpoint embeds; where its weights are of flattened ones, that of `model`."""
+    patches = shapes["x_embedder.proj.weight"]
+    return patches[2] if len(patches) == 4 else Backbone.named(model, latent_size).patch_size
 
 
 def dense_blueprint(network: DiT) -> DiT:
@@ -132,8 +192,9 @@ def summary(network: DiT, model: str) -> str:
     mean = ", the mean over timesteps" if network.plan_varies else ""
     most = "" if network.work is None else "at most "
     options = ", ".join(f"{name} {_short(value)}" for name, value in to_mapping(network.options).items() if value is not False)
+    named = model if network.backbone.objective == "ddpm" else f"{model} under {network.backbone.objective}"
     return (
-        f"{method_name(network)} {model}, {parameters:,} parameters, {most}{gmacs:.4g} GMACs per image and pass{mean} "
+        f"{method_name(network)} {named}, {parameters:,} parameters, {most}{gmacs:.4g} GMACs per image and pass{mean} "
         f"({gmacs / dense:.1%} of the dense backbone's {dense:.4g})" + (f"; {options}" if options else "")
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from models import Backbone, DiT
 from runtime.checkpoint import checkpoints, read_header
 from runtime.config import InputError, to_mapping
-from runtime.networks import blueprint, describe, described, method_name
+from runtime.networks import blueprint, default_time_scale, describe, described, method_name
 from runtime.settings import TrainingSettings, changed
 
 
@@ -62,7 +63,13 @@ def network_before(settings: TrainingSettings) -> DiT | None:
 
 
 def network_of(settings: TrainingSettings, backbone: Backbone, given: Mapping[str, Any], before: DiT | None) -> DiT:
-    """The blueprint of a run. Options that are not given are those of `before`, a network of the same method; else defaults."""
+    """The blueprint of a run. Options that are not given are those of `before`, a network of the same method; else defaults.
+
+    So is what it embeds as time, which `before` of any method says.
+    """
+    published = default_time_scale(settings.model, settings.method)
+    scale = settings.time_scale or (published if before is None else before.backbone.time_scale)
+    backbone = replace(backbone, time_scale=scale)
     if before is None or method_name(before) != settings.method:
         return blueprint(settings.method, backbone, given)
     try:
@@ -72,11 +79,16 @@ def network_of(settings: TrainingSettings, backbone: Backbone, given: Mapping[st
         raise InputError(f"{error} (What was not given is as in the checkpoint.)") from None
 
 
-def option_changes(before: DiT | None, network: DiT) -> list[str]:
-    """Options in which a network differs from the one `before`, of the same method: "name (then, not now)"."""
-    if before is None or type(before) is not type(network):
+def changes_since(before: DiT | None, network: DiT) -> list[str]:
+    """What a network embeds, predicts, and, of the same method, its options, where the one `before` has others: "name (then,
+    not now)".
+    """
+    if before is None:
         return []
-    return different(to_mapping(before.options), to_mapping(network.options))
+    then, now = ({name: getattr(one.backbone, name) for name in ("objective", "time_scale")} for one in (before, network))
+    if type(before) is type(network):
+        then, now = then | to_mapping(before.options), now | to_mapping(network.options)
+    return different(then, now)
 
 
 def check_resumable(path: Path, saved: Mapping[str, Any], settings: TrainingSettings, now: Mapping[str, Any]) -> None:

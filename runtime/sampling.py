@@ -7,27 +7,36 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from data.latents import CodecSpec, resolve_codec
-from diffusion.guidance import Interval, Predict, check_guidance, classifier_free_guidance
+from diffusion.guidance import GUIDANCE, Interval, Predict, check_guidance, guided
 from diffusion.samplers import SAMPLERS
-from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from models import Backbone, DiT
 from models.token_density import TIMESTEPS
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
 from runtime.density_report import density_lines
 from runtime.execution import ExecutionSettings
-from runtime.networks import build_with, canonical, described, fit_weights, method_name, recognized, summary, with_density
+from runtime.networks import (
+    as_ours,
+    build_with,
+    canonical,
+    described,
+    fit_weights,
+    method_name,
+    recognized,
+    summary,
+    with_density,
+)
+from runtime.sampling_settings import SamplingSettings, guided_channels, sampled_timesteps, sampling_cost
 from runtime.seeding import Keys, integers, normal
 
 MOST_AT_ONCE = 65_536
@@ -38,28 +47,18 @@ LATENT_FACTOR = 8
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
-    cfg_scale: float = option(1.5, "guidance scale; 1: none. 1.5 for scores, 4.0 for pictures")
-    guidance_channels: Literal["3", "all"] = option("3", "channels that guidance acts on; 3 is DiT's published protocol")
-    guidance_interval: tuple[float, float] | None = option(
-        None,
-        "guide only the steps whose timestep / 1000 is LOW to HIGH, 0 clean and 1 noise; the others cost half; none: all",
-        words=("LOW", "HIGH"),
-    )
-    sampler: Literal["ddpm", "ddim"] = option("ddpm", "ancestral sampling, or DDIM with eta 0")
-    num_sampling_steps: str = option(
-        "250",
-        "sampling steps: 250, a list such as 10,15,20, or ddim25; ddim25 is a spacing alone: add --sampler ddim for its steps",
-    )
-
-
-@dataclass(frozen=True)
 class CheckpointSettings(ExecutionSettings, SamplingSettings):
     """What sample.py and sample_ddp.py both ask: which network, decoded how, drawn from which seed."""
 
     method: str | None = option(None, "method of the run that is looked for; none: any")
     model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
     image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
+    objective: Literal["ddpm", "flow"] | None = option(
+        None, "what released weights were trained under, where it is not as published; otherwise the checkpoint knows"
+    )
+    time_scale: float | None = option(
+        None, "what released weights embed as time, as train.py --time-scale, where it is not as published"
+    )
     ckpt: str | None = option(None, "checkpoint: ours, released, or a diffusers folder; none: the newest run that matches")
     results_dir: str = option("results", "where runs are looked for when --ckpt is not given")
     weights: Literal["ema", "raw"] = option("ema", "averaged or raw weights")
@@ -119,13 +118,18 @@ class Checkpoint:
         origin_alone = replace(self.weights, state={})  # the tensors are in the network now
         return replace(self, network=network.eval().requires_grad_(False), weights=origin_alone)
 
+    @property
+    def objective(self) -> str:
+        """What the network was trained under."""
+        return self.network.backbone.objective
+
     def lines(self, settings: SamplingSettings) -> list[str]:
         """What is printed before sampling: origin, network, density, and what a picture costs under `settings`."""
         note = [] if self.density_note is None else [self.density_note]
         return [
             self.weights.origin,
             summary(self.network, self.model),
-            *density_lines(self.network, self.model, settings.num_sampling_steps),
+            *density_lines(self.network, self.model, sampled_timesteps(self.network, settings)),
             *note,
             str(sampling_cost(self.network, settings)),
         ]
@@ -148,10 +152,12 @@ def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint
     """
     check_guidance(settings.cfg_scale, guided_channels(settings))
     Interval.of(settings.guidance_interval)
-    NoiseSchedule.linear().respaced(settings.num_sampling_steps)
     asked_codec = resolve_codec(settings.vae) if settings.vae else None
     factor = asked_codec.factor if asked_codec else LATENT_FACTOR
-    checkpoint = read_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema", factor)
+    checkpoint = read_checkpoint(path, settings.model, settings.image_size, settings.weights == "ema", factor,
+                                 settings.objective, settings.time_scale)  # fmt: skip
+    sampled_timesteps(checkpoint.network, settings)
+    GUIDANCE[settings.guidance](checkpoint.network)
     method = method_name(checkpoint.network)
     if settings.method not in (None, method):
         raise InputError(
@@ -201,17 +207,26 @@ def choose_checkpoint(settings: CheckpointSettings) -> str:
 
 
 def read_checkpoint(
-    path: str, model: str | None, image_size: int | None, averaged: bool = True, factor: int = LATENT_FACTOR
+    path: str,
+    model: str | None,
+    image_size: int | None,
+    averaged: bool = True,
+    factor: int = LATENT_FACTOR,
+    objective: str | None = None,
+    time_scale: float | None = None,
 ) -> Checkpoint:
     """Facts and weights of a checkpoint: of ours from its header, of a released one from its keys, `model` and size.
 
-    `factor` is that of a released one's autoencoder, picture side / latent side.
+    `factor` is that of a released one's autoencoder, picture side / latent side; `objective` and `time_scale` are what it was
+    trained under, None: as published.
     Raises InputError when flags and checkpoint contradict each other.
     """
     weights = read_weights(path, averaged)
     header = weights.header
     if header is None:
-        model, side = model or "DiT-XL/2", latent_side(weights)
+        model = model or "DiT-XL/2"
+        weights = as_ours(weights, model, time_scale)
+        side = latent_side(weights)
         if side is None and image_size is None:
             raise InputError(f"{path} does not say its picture size; give --image-size.")
         there = image_size if side is None else side * factor
@@ -221,19 +236,34 @@ def read_checkpoint(
         image_size = int(there or 0)
         if image_size % factor:
             raise InputError(f"--image-size {image_size} is not divisible by {factor}.")
-        plan = recognized(weights, model, (image_size // factor,) * 2)
+        plan = recognized(weights, model, (image_size // factor,) * 2, objective, time_scale)
         fit_weights(weights, plan)
         return Checkpoint(plan, weights, path, model, image_size, None, None, None, "released")
     try:
-        return _from_header(path, weights, model, image_size, averaged)
+        return _from_header(path, weights, model, image_size, averaged, objective, time_scale)
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.") from None
 
 
-def _from_header(path: str, weights: Weights, model: str | None, image_size: int | None, averaged: bool) -> Checkpoint:
+def _from_header(
+    path: str,
+    weights: Weights,
+    model: str | None,
+    image_size: int | None,
+    averaged: bool,
+    objective: str | None,
+    time_scale: float | None,
+) -> Checkpoint:
     header = weights.header or {}
     description, data = header["network"], header["data"]
-    for name, asked, there in (("model", model, description["model"]), ("image-size", image_size, data["image_size"])):
+    backbone = described(description).backbone
+    asked_and_there = (
+        ("model", model, description["model"]),
+        ("image-size", image_size, data["image_size"]),
+        ("objective", objective, backbone.objective),
+        ("time-scale", time_scale, backbone.time_scale),
+    )
+    for name, asked, there in asked_and_there:
         if asked is not None and asked != there:
             raise InputError(f"{path} holds a network for --{name} {there}, not {asked}; leave the flag out or correct it.")
     kind, network = header.get("weights") or ("ema" if averaged else "raw"), described(description)
@@ -261,37 +291,6 @@ def draw_labels(mode: str, num_classes: int, seed: int, index: Tensor) -> Tensor
     return integers(Keys(seed, 0, index), "label", num_classes)
 
 
-def guided_channels(settings: SamplingSettings) -> int | None:
-    """How many channels guidance acts on; None: all."""
-    return None if settings.guidance_channels == "all" else int(settings.guidance_channels)
-
-
-class SamplingCost(NamedTuple):
-    """What one picture costs."""
-
-    scale: float  # of guidance
-    steps: int
-    guided_steps: int
-    passes: int  # of the network: one a step, and another where it is guided
-    macs: int  # multiply-accumulates of all passes
-    at_most: bool  # whether passes leave out what they find they can, which nobody knows before
-
-    def __str__(self) -> str:
-        where = "all" if self.guided_steps == self.steps else f"{self.guided_steps} of"
-        guidance = f"guidance {self.scale:g} at {where} {self.steps} steps" if self.guided_steps else "no guidance"
-        most = "at most " if self.at_most else ""
-        return f"{guidance}: {self.passes} network passes and {most}{self.macs / 1e12:.4g} TMACs per picture"
-
-
-def sampling_cost(network: DiT, settings: SamplingSettings) -> SamplingCost:
-    """What a picture costs under `settings`, each step under its own plans."""
-    timesteps, interval = respaced_timesteps(settings.num_sampling_steps), Interval.of(settings.guidance_interval)
-    guided = [t for t in timesteps if settings.cfg_scale != 1.0 and interval.holds(t)]
-    plans = Counter(network.guidance_plans(t)[0] for t in timesteps) + Counter(network.guidance_plans(t)[1] for t in guided)
-    macs = sum(count * network.macs(plan) for plan, count in plans.items())
-    return SamplingCost(settings.cfg_scale, len(timesteps), len(guided), plans.total(), macs, network.work is not None)
-
-
 @torch.no_grad()
 def sample_latents(
     network: nn.Module,
@@ -310,20 +309,22 @@ def sample_latents(
     backbone: Backbone = dit.backbone
     labels, index = labels.to(device), index.to(device)
     shape = (backbone.in_channels, *backbone.latent_size)
-    schedule = NoiseSchedule.linear().respaced(settings.num_sampling_steps)
-    denoise = classifier_free_guidance(
+    settings = settings.under(backbone.objective)
+    assert settings.sampler is not None
+    denoise = guided(
         predict or partial(plain_forward, dit),
         labels,
         null_class=backbone.num_classes,
         scale=settings.cfg_scale,
         channels=guided_channels(settings),
-        plans=dit.guidance_plans,
+        plans=GUIDANCE[settings.guidance](dit),
         interval=Interval.of(settings.guidance_interval),
     )
     start = normal(Keys(seed, 0, index), "start noise", shape)  # (N, C, H, W)
-    return SAMPLERS[settings.sampler](
-        denoise, start, schedule, step_noise=lambda step: normal(Keys(seed, step, index), "step noise", shape)
+    latents = SAMPLERS[settings.sampler].run(
+        denoise, start, settings.num_sampling_steps, lambda step: normal(Keys(seed, step, index), "step noise", shape)
     )
+    return latents.float()
 
 
 def plain_forward(network: nn.Module, x: Tensor, t: Tensor, y: Tensor, plan: Any, index: Tensor | None) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from models import METHODS, DiT, method_class
+from models.backbone import SIT
 from models.token_density import TIMESTEPS
 from runtime.config import (
     ArgumentParser,
@@ -21,6 +22,7 @@ from runtime.config import (
     option,
     to_mapping,
 )
+from runtime.networks import default_objective
 
 PROFILED = 5
 """Steps that `--profile` records where no number is given."""
@@ -34,7 +36,18 @@ class TrainingSettings:
     feature_path: str = option("features", "folder of extracted latents with a manifest.json, or a fast-DiT feature root")
     image_size: int = option(256, "side of the pictures the latents were made from")
     num_classes: int | None = option(None, "number of classes; none: the manifest's, or 1000 for fast-DiT features")
-    learn_sigma: bool = option(True, "predict the variance beside the noise")
+    objective: Literal["ddpm", "flow"] | None = option(
+        None, "what is noised and predicted: DiT's diffusion, or flow matching on the linear path; none: as published"
+    )
+    learn_sigma: bool | None = option(None, "predict the variance beside the noise; none: under ddpm")
+    flow_times: Literal["uniform", "logit-normal"] | None = option(
+        None, "how flow times are drawn in training; none: logit-normal, more in the middle"
+    )
+    time_scale: float | None = option(
+        None,
+        "what the network is given as time at full noise: 1000 as DiT, 1 for the flow time itself as SiT and SPRINT; none: the "
+        "resumed run's, that of the checkpoint of ours in --pretrained, or as published",
+    )
     results_dir: str = option("results", "folder that holds one folder per run")
     run_name: str | None = option(None, "name of the run's folder; none: MODEL-METHOD-SIZE")
     resume: str = option("auto", "auto: go on from the run's newest checkpoint; none: refuse to continue one; or a file")
@@ -106,6 +119,9 @@ class TrainingSettings:
         }
 
 
+OF_DDPM, OF_FLOW = frozenset({"min_snr_gamma"}), frozenset({"flow_times"})
+"""Settings that one objective alone has."""
+
 LEAST = {
     1: (
         "image_size",
@@ -127,6 +143,7 @@ LEAST = {
 
 MAY_CHANGE = frozenset(
     {
+        "time_scale",  # the network has its own, which is compared
         "feature_path",
         "num_classes",  # the network has its own, which is compared
         "results_dir",
@@ -172,16 +189,37 @@ def parse_training(arguments: Sequence[str], prog: str = "train.py") -> tuple[Tr
     given_options = {name: flags.pop(name) for name in option_names & flags.keys()}
     file_settings, file_options = split_yaml(content, known.config or "", method.options_type)
     recipe = dict(method.recipe)
-    if "epochs" in flags or "epochs" in file_settings:
+    given = {**file_settings, **checked_values(TrainingSettings, flags, "command line")}
+    if "epochs" in given:
         recipe.pop("max_steps", None)
-    values = {
-        **recipe,
-        **file_settings,
-        **checked_values(TrainingSettings, flags, "command line"),
-    }
-    settings = from_mapping(TrainingSettings, values, "settings")
+    if objective_of(from_mapping(TrainingSettings, given, "settings")) == "flow":
+        for name in OF_DDPM & recipe.keys():
+            del recipe[name]
+    settings = with_objective(from_mapping(TrainingSettings, {**recipe, **given}, "settings"))
     check(settings)
     return settings, {**file_options, **checked_values(method.options_type, given_options, "command line")}
+
+
+def objective_of(settings: TrainingSettings) -> Literal["ddpm", "flow"]:
+    """What is trained for: as asked, or as published for the backbone and the method."""
+    return settings.objective or default_objective(settings.model, settings.method)
+
+
+def with_objective(settings: TrainingSettings) -> TrainingSettings:
+    """The settings with an objective and what follows from it. InputError for what another one has."""
+    objective = objective_of(settings)
+    if objective == "ddpm" and settings.model.startswith(SIT):
+        other = settings.model.replace(SIT, "DiT-")
+        raise InputError(f"--model {settings.model} is a backbone of --objective flow; for ddpm give --model {other}.")
+    for name in OF_FLOW if objective == "ddpm" else OF_DDPM:
+        if getattr(settings, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is no setting of --objective {objective}; leave it out.")
+    return replace(
+        settings,
+        objective=objective,
+        learn_sigma=objective == "ddpm" if settings.learn_sigma is None else settings.learn_sigma,
+        flow_times=(settings.flow_times or "logit-normal") if objective == "flow" else None,
+    )
 
 
 def refuse_options_of_others(arguments: Sequence[str], method: type[DiT]) -> None:
@@ -264,7 +302,8 @@ def changed(saved: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
     """Settings that differ from a checkpoint's and may not: "name (saved value, not new value)"."""
     now = to_mapping(settings)
     # A checkpoint may be older than a setting; before density_groups all timesteps had one token count.
-    saved = {**to_mapping(TrainingSettings(density_groups=1)), **saved}
+    older = TrainingSettings(density_groups=1, method=settings.method, objective="ddpm")
+    saved = {**to_mapping(with_objective(older)), **saved}
     for values in (now, saved):
         values["pretrained"] = Path(values["pretrained"]).name  # the file may have moved
     # With a cosine the length of the run decides every step's rate.

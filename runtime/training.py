@@ -24,11 +24,12 @@ from runtime.density_groups import group_of, group_timestep, interval_of
 from runtime.ema import ExponentialMovingAverage
 from runtime.lagged_reads import LaggedReads
 from runtime.logs import RunLog, memory_gib, say
+from runtime.objectives import Objective
 from runtime.optimizer_step import Outcome, learning_rate, make_optimizer, update
 from runtime.prefetch import Prefetcher
 from runtime.profiling import StepProfiler
 from runtime.settings import TrainingSettings
-from runtime.training_step import Batch, Objective, TrainingStep
+from runtime.training_step import Batch, TrainingStep
 
 
 class Data(Protocol):
@@ -76,6 +77,7 @@ class Trainer:
         # After the average was copied, which runs as it is.
         prepare_blocks(self.network, settings.gradient_checkpointing, training_execution(settings, self.device).compile)
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self.objective = objective
         step_module = TrainingStep(self.network, objective, settings.seed)
         allow_graphs(accelerator, plans_of_training(self.network))
         self.step_module, self.optimizer = accelerator.prepare(step_module, make_optimizer(parameters, settings))
@@ -220,7 +222,7 @@ class Trainer:
         if len(self.intervals) == 1:
             return 0
         group = group_of(position, self.settings.global_batch_size, self.groups)
-        timestep = group_timestep(self.settings.seed, self.step, group, self.groups)
+        timestep = group_timestep(self.settings.seed, self.step, group, self.groups, self.objective.timestep_at)
         return interval_of(self.intervals, timestep)
 
     def _verdict(self, outcome: Outcome, sound: Tensor) -> Tensor:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from diffusion.schedule import Timesteps
 from models import DiT, Plan
+from runtime.objectives import Objective
 from runtime.seeding import Keys
-
-
-class Objective(Protocol):
-    """What is noised and predicted, and the loss of a prediction."""
-
-    def noised(self, x0: Tensor, keys: Keys, timesteps: Timesteps) -> Any:
-        """Draws timesteps within `timesteps`, and noise: an object with `x_t` (N, C, H, W), `t` (N,) that `losses` takes."""
-
-    def losses(self, output: Tensor, noised: Any) -> Mapping[str, Tensor]:
-        """Losses per sample, each (N,): "loss" is the total, the others are its parts."""
 
 
 class Batch(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from golden_files import GOLDEN, keys, label, npz_files
 from torch import Tensor
 
-from diffusion.guidance import classifier_free_guidance, combine
+from diffusion.guidance import combine, guided
 from models import METHODS, Backbone, DiT
 from models.weights import LoadingPlan, identify
 from runtime.checkpoint import Weights
@@ -159,7 +159,7 @@ def test_guidance(path: Path) -> None:
     half, null, predict = len(x) // 2, golden.backbone.num_classes, partial(plain_forward, network)
     assert (y[half:] == null).all()
     for place in range(half):  # the sampler's own path, one timestep at a time
-        denoise = classifier_free_guidance(predict, y[place : place + 1], null, float(golden.arrays["cfg_scale"]))
+        denoise = guided(predict, y[place : place + 1], null, float(golden.arrays["cfg_scale"]))
         ours = denoise(x[place : place + 1], int(t[place]))
         assert error(ours, golden.arrays["cfg_out"][place : place + 1]) < 2 * TOLERANCE
 

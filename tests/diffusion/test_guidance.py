@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import diffusion.guidance as guidance
-from diffusion.guidance import Interval, classifier_free_guidance, combine, label_rows
+from diffusion.guidance import Interval, combine, guided, label_rows
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import NoiseSchedule
 from runtime.config import InputError
@@ -45,7 +45,7 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (1, 1), (None, 4), (4, 4), (9, 4)])
 def test_the_chosen_channels_are_guided_and_no_others(x, channels, guided):
     recorder = Recorder()
-    result = classifier_free_guidance(recorder, LABELS, NULL, 4.0, channels)(x, 700)
+    result = guided(recorder, LABELS, NULL, 4.0, channels)(x, 700)
     c, u = halves(x)
     assert result.shape == (3, 8, 5, 5)
     torch.testing.assert_close(result[:, :guided], (u + 4 * (c - u))[:, :guided])
@@ -55,9 +55,9 @@ def test_the_chosen_channels_are_guided_and_no_others(x, channels, guided):
 
 
 def test_three_channels_are_the_default(x):
-    default = classifier_free_guidance(Recorder(), LABELS, NULL, 4.0)(x, 700)
-    torch.testing.assert_close(default, classifier_free_guidance(Recorder(), LABELS, NULL, 4.0, 3)(x, 700), rtol=0, atol=0)
-    assert not torch.equal(default, classifier_free_guidance(Recorder(), LABELS, NULL, 4.0, None)(x, 700))
+    default = guided(Recorder(), LABELS, NULL, 4.0)(x, 700)
+    torch.testing.assert_close(default, guided(Recorder(), LABELS, NULL, 4.0, 3)(x, 700), rtol=0, atol=0)
+    assert not torch.equal(default, guided(Recorder(), LABELS, NULL, 4.0, None)(x, 700))
 
 
 def test_variance_of_few_channel_latents_is_not_guided():
@@ -69,33 +69,33 @@ def test_variance_of_few_channel_latents_is_not_guided():
 
 
 def test_networks_without_variance_channels(x):
-    result = classifier_free_guidance(Recorder(learned_variance=False), LABELS, NULL, 2.0)(x, 5)
+    result = guided(Recorder(learned_variance=False), LABELS, NULL, 2.0)(x, 5)
     assert result.shape == x.shape
 
 
 def test_scale_1_makes_no_unconditional_pass(x):
     recorder = Recorder()
-    result = classifier_free_guidance(recorder, LABELS, NULL, 1.0, plans=lambda t: ("sparse", "dense"))(x, 700)
+    result = guided(recorder, LABELS, NULL, 1.0, plans=lambda t: ("sparse", "dense"))(x, 700)
     torch.testing.assert_close(result, halves(x)[0], rtol=0, atol=0)
     assert recorder.calls == [([700], [1, 2, 3], "sparse")]
 
 
 def test_scale_0_is_unconditional(x):
-    result = classifier_free_guidance(Recorder(), LABELS, NULL, 0.0, None)(x, 700)
+    result = guided(Recorder(), LABELS, NULL, 0.0, None)(x, 700)
     torch.testing.assert_close(result[:, :4], halves(x)[1][:, :4])
 
 
 def test_equal_plans_share_one_batch(x):
     recorder = Recorder()
-    classifier_free_guidance(recorder, LABELS, NULL, 4.0, plans=lambda t: (("grid", t), ("grid", t)))(x, 700)
+    guided(recorder, LABELS, NULL, 4.0, plans=lambda t: (("grid", t), ("grid", t)))(x, 700)
     assert recorder.calls == [([700], [1, 2, 3, 10, 10, 10], ("grid", 700))]
 
 
 def test_different_plans_make_two_calls_with_the_same_result(x):
     recorder = Recorder()
-    result = classifier_free_guidance(recorder, LABELS, NULL, 4.0, plans=lambda t: ("full", "short"))(x, 700)
+    result = guided(recorder, LABELS, NULL, 4.0, plans=lambda t: ("full", "short"))(x, 700)
     assert recorder.calls == [([700], [1, 2, 3], "full"), ([700], [10] * 3, "short")]
-    torch.testing.assert_close(result, classifier_free_guidance(Recorder(), LABELS, NULL, 4.0)(x, 700))
+    torch.testing.assert_close(result, guided(Recorder(), LABELS, NULL, 4.0)(x, 700))
 
 
 def test_half_precision_outputs_are_combined_in_float32(x):
@@ -108,7 +108,7 @@ def test_half_precision_outputs_are_combined_in_float32(x):
 @pytest.mark.parametrize("channels", [0, -1])
 def test_unusable_channels_are_refused(channels):
     with pytest.raises(InputError, match="at least 1 channel"):
-        classifier_free_guidance(Recorder(), LABELS, NULL, 4.0, channels)
+        guided(Recorder(), LABELS, NULL, 4.0, channels)
 
 
 # The interval --------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ SCHEDULE = NoiseSchedule.linear().respaced("10")  # timesteps 0, 111, .. 999
 
 def sampled(name: str, x: Tensor, interval: Interval | None, recorder: Recorder, plans: guidance.Plans | None = None) -> Tensor:
     """Latents of a sampler that adds the same noise each time."""
-    denoise = classifier_free_guidance(recorder, LABELS, NULL, 4.0, plans=plans, interval=interval)
+    denoise = guided(recorder, LABELS, NULL, 4.0, plans=plans, interval=interval)
     return SAMPLERS[name](denoise, x, SCHEDULE, step_noise=lambda step: torch.cos((step + 1) * x))
 
 
@@ -135,7 +135,7 @@ def test_steps_outside_the_interval_make_no_unconditional_pass(name: str, x: Ten
 def test_outside_the_interval_a_step_is_that_of_scale_1_and_inside_the_guided_one(name: str, x: Tensor) -> None:
     def by_hand(x: Tensor, timestep: int) -> Tensor:
         scale = 4.0 if 200 <= timestep <= 700 else 1.0
-        return classifier_free_guidance(Recorder(), LABELS, NULL, scale)(x, timestep)
+        return guided(Recorder(), LABELS, NULL, scale)(x, timestep)
 
     expected = SAMPLERS[name](by_hand, x, SCHEDULE, step_noise=lambda step: torch.cos((step + 1) * x))
     assert torch.equal(sampled(name, x, Interval(0.2, 0.7), Recorder()), expected)

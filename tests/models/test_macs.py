@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models import METHODS, Backbone, Plan
-from models.dit import BACKBONES
+from models.backbone import BACKBONES
 from models.layers import Attention
 from runtime.networks import blueprint
 from tests.models.random_networks import SIZES, counted_macs, tiny

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
 from models import METHODS, Backbone, DiT, Plan, checkpoint_blocks, create_model, method_class
-from models.dit import BACKBONES
+from models.backbone import BACKBONES
 from runtime.config import InputError
 from runtime.networks import build, describe, described, method_name
 from runtime.seeding import Keys, integers, normal
