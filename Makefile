@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up what they need; nothing but Python 3.10+ and make is expected.
-# `make demo METHOD=dydit` demonstrates another method.
+# `make demo METHOD=dydit` (or sprint) demonstrates another method, `make demo METHOD=flow` flow matching.
 PYTHON ?= python3
 METHOD ?= sparsedit
 BIN := .venv/bin

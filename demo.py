@@ -3,11 +3,12 @@
     make demo
     make demo METHOD=dydit
 
-Pictures -> features -> a small dense DiT -> the networks of a method fine-tuned from it, one for each configs/demo-METHOD*.yaml
--> 600 paired samples of each -> one table and one picture in runs/demo/. Of sparsedit, the default, these are two: one with the
-same tokens at all timesteps, one with fewer at high noise and more at low for the same mean cost. The pictures are
-scikit-learn's 1,797 scans of handwritten digits. Started again, stages that are done are not done again, and another method
-starts from the same dense network; `--fresh` starts over. Exits with 1 when a stage fails or a figure misses its mark.
+Pictures -> features -> a small dense DiT -> the networks of a method, each trained as configs/demo-RUN.yaml says -> 600
+paired samples of each -> one table and one picture in runs/demo/. Of sparsedit, the default, these are two: one with the same
+tokens at all timesteps, one with fewer at high noise and more at low for the same mean cost. `--method flow` shows no method
+but the other objective: networks that sample in 5 steps. The pictures are scikit-learn's 1,797 scans of handwritten digits.
+Started again, stages that are done are not done again, and another method starts from the same dense network; `--fresh` starts
+over. Exits with 1 when a stage fails or a figure misses its mark.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +31,9 @@ from sklearn.svm import SVC
 from benchmarks.digits import EXTRACTION, ROOT, command, grey_vectors, load_digits, write_digits
 from benchmarks.timing import interleaved
 from metrics.frechet import frechet_distance, statistics_of
-from models import DiT
 from runtime.checkpoint import checkpoints
 from runtime.config import ArgumentParser, InputError, run_script
 from runtime.files import atomic_write, check_writable, write_json
-from runtime.networks import mean_gmacs, method_name
 from runtime.sampling import (
     Checkpoint,
     SamplingSettings,
@@ -41,18 +41,60 @@ from runtime.sampling import (
     load_checkpoint,
     picture_grid,
     sample_latents,
-    sampled_timesteps,
+    sampling_cost,
 )
 from runtime.work_report import measured_ratio
 
 COUNT, BATCH = 600, 200
-GUIDANCE, STEPS = 1.5, "50"
-SAMPLING = SamplingSettings(cfg_scale=GUIDANCE, num_sampling_steps=STEPS)
 TIMED, ROUNDS = 100, 3
 ENLARGED, GAP = 5, 24
 LEAST_AGREEMENT, MOST_LOST, LEAST_SPEEDUP = 0.85, 0.05, 1.3
 EQUAL_COMPUTE, OFF_TARGET = 0.01, 0.02
-DENSE, DEFAULT = "dense", "sparsedit"
+SAMPLING = SamplingSettings(cfg_scale=1.5, num_sampling_steps="50")
+PATH_DROP = replace(SAMPLING, guidance="path-drop", sampler="euler")
+FEW_DDIM, FEW_EULER = (replace(SAMPLING, sampler=name, num_sampling_steps="5") for name in ("ddim", "euler"))
+
+
+class Entry(NamedTuple):
+    """One line of the table: a trained network, and how it is sampled."""
+
+    name: str
+    run: str  # of train.py, under configs/demo-RUN.yaml
+    sampling: SamplingSettings = SAMPLING
+    judged: bool = True  # False: stands there to be compared with, whatever comes out
+
+    @property
+    def sample_name(self) -> str:
+        """Of its folder and file under samples/."""
+        return self.name.replace(" ", "-")
+
+
+DEFAULT = "sparsedit"
+DENSE = Entry("dense", "dense")
+DEMOS: Mapping[str, Sequence[Entry]] = {
+    "sparsedit": (Entry("sparsedit fixed", "sparsedit"), Entry("sparsedit dynamic", "sparsedit-dynamic")),
+    "dydit": (Entry("dydit", "dydit"),),
+    "sprint": (
+        Entry("sprint stage 1", "sprint", PATH_DROP),
+        Entry("sprint stage 2", "sprint-full", PATH_DROP),
+    ),
+    "flow": (
+        Entry("dense in 5 steps", "dense", FEW_DDIM, judged=False),
+        Entry("dense under flow", "dense-flow", FEW_EULER),
+        Entry("sparsedit under flow", "sparsedit-flow", FEW_EULER),
+    ),
+}
+"""What `--method` compares with `DENSE`."""
+
+STARTS = {
+    "sparsedit": "dense",
+    "sparsedit-dynamic": "dense",
+    "dydit": "dense",
+    "sprint-full": "sprint",
+    "dense-flow": "dense",
+    "sparsedit-flow": "dense",
+}
+"""Run -> the run whose network it starts from; others start from newly initialised weights."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +102,15 @@ class Row:
     """One line of the table."""
 
     name: str
-    gmacs: float  # of one pass, the mean over the sampler's steps: counted where they depend on what a network sees
+    gmacs: float  # of one pass, the mean over a picture's: counted where they depend on what a network sees
     images_per_second: float
     frechet: float
     agreement: float
     density: str | None
     flops_ratio: float | None = None  # counted, of the dense network's attention and MLP; None where plans say what is computed
     flops_target: float | None = None  # the ratio that was trained for
+    sampled: str = ""  # sampler, steps, guidance
+    judged: bool = True
 
     @property
     def off_target(self) -> float:
@@ -74,14 +118,28 @@ class Row:
         return 0.0 if self.flops_ratio is None or self.flops_target is None else abs(self.flops_ratio - self.flops_target)
 
 
+def entries(method: str) -> list[Entry]:
+    """The lines of a demo, the dense one first. InputError for what has none."""
+    if method not in DEMOS:
+        raise InputError(f"--method {method!r} has no demo; choose from {', '.join(sorted(DEMOS))}.")
+    return [DENSE, *DEMOS[method]]
+
+
 def stages(method: str) -> list[str]:
-    """The runs of a demo, the dense one first; the settings of RUN are configs/demo-RUN.yaml. InputError for other methods."""
-    names = sorted(path.stem.removeprefix("demo-") for path in (ROOT / "configs").glob("demo-*.yaml"))
-    own = [name for name in names if name.partition("-")[0] == method]
-    if method == DENSE or not own:
-        methods = dict.fromkeys(name.partition("-")[0] for name in names if name != DENSE)
-        raise InputError(f"--method {method!r} has no demo; choose from {', '.join(methods)}.")
-    return [DENSE, *own]
+    """The runs of a demo, each after the one that it starts from."""
+    found = dict[str, None]()
+    for entry in entries(method):
+        chain = [entry.run]
+        while chain[0] in STARTS:
+            chain.insert(0, STARTS[chain[0]])
+        found |= dict.fromkeys(chain)
+    return [*found]
+
+
+def sampled_as(sampling: SamplingSettings) -> str:
+    """Sampler, steps and guidance in words, of settings that name their sampler."""
+    kind = "" if sampling.guidance == "classifier-free" else f" {sampling.guidance}"
+    return f"{sampling.sampler} {sampling.num_sampling_steps}, guidance {sampling.cfg_scale:g}{kind}"
 
 
 def run_stage(title: str, script: str, arguments: Sequence[object]) -> None:
@@ -98,13 +156,7 @@ def run_stage(title: str, script: str, arguments: Sequence[object]) -> None:
     print(f"   ({time.perf_counter() - started:.0f} s)", flush=True)
 
 
-def row_name(network: DiT) -> str:
-    """The method, and for a sparse network whether its density is fixed or dynamic."""
-    kind = "" if network.density is None else " fixed" if len(network.density.intervals) == 1 else " dynamic"
-    return method_name(network) + kind
-
-
-def measure_speed(networks: Sequence[Checkpoint]) -> list[float]:
+def measure_speed(networks: Sequence[Checkpoint], samplings: Sequence[SamplingSettings]) -> list[float]:
     """Images per second of each network in one run: interleaved, after a warm-up, the median of the rounds.
 
     All steps are timed: those of a dynamic density cost differently, and a few of them would not have its mean cost.
@@ -112,53 +164,57 @@ def measure_speed(networks: Sequence[Checkpoint]) -> list[float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = torch.arange(TIMED)
     runs = {}
-    for place, checkpoint in enumerate(networks):
+    for place, (checkpoint, sampling) in enumerate(zip(networks, samplings, strict=True)):
         network = checkpoint.network.to(device)
-        runs[str(place)] = partial(sample_latents, network, SAMPLING, index % 10, index, 0, device)
+        runs[str(place)] = partial(sample_latents, network, sampling, index % 10, index, 0, device)
     return [TIMED / timing.median for timing in interleaved(runs, ROUNDS, device).values()]
 
 
-def compare(runs: Sequence[Path], samples: Sequence[Path]) -> list[Row]:
-    """Measures every run's samples against the real digits."""
+def compare(chosen: Sequence[Entry], results: Path, samples: Path) -> list[Row]:
+    """Measures every entry's samples against the real digits."""
     digits = load_digits()
     classifier = SVC(gamma=0.001, C=10.0).fit(digits.data, digits.target)
-    networks = [load_checkpoint(str(checkpoints(run)[-1]), None, None) for run in runs]
+    networks = [load_checkpoint(str(checkpoints(results / entry.run)[-1]), None, None) for entry in chosen]
+    samplings = [entry.sampling.under(one.objective) for entry, one in zip(chosen, networks, strict=True)]
     rows = []
-    for checkpoint, batch, speed in zip(networks, samples, measure_speed(networks), strict=True):
-        vectors = grey_vectors(np.load(batch)["arr_0"])
+    for entry, checkpoint, sampling, speed in zip(chosen, networks, samplings, measure_speed(networks, samplings), strict=True):
+        vectors = grey_vectors(np.load(samples / f"{entry.sample_name}.npz")["arr_0"])
         asked = np.arange(len(vectors)) % 10
         network, agreement = checkpoint.network, float(np.mean(classifier.predict(vectors) == asked))
         distance = frechet_distance(statistics_of(vectors), statistics_of(digits.data))
-        cost, ratio, target = mean_gmacs(network, sampled_timesteps(network, SAMPLING)), None, None
+        planned, ratio, target = sampling_cost(network, sampling), None, None
+        cost = planned.macs / planned.passes / 1e9
         if network.work is not None:  # what passed while the speed was measured
             cost, ratio = network.work.macs / network.work.passes / 1e9, measured_ratio(network, network.work)
             target = network.flops_target
-        rows.append(Row(row_name(network), cost, speed, distance, agreement, density_text(network), ratio, target))
+        facts = density_text(network), ratio, target, sampled_as(sampling), entry.judged
+        rows.append(Row(entry.name, cost, speed, distance, agreement, *facts))
     return rows
 
 
 def show(rows: Sequence[Row]) -> str:
     """The table."""
-    dense = rows[0]
+    dense, wide = rows[0], max(len(row.name) for row in rows)
     lines = [
-        f"{'method':<18} {'GMACs/pass':>11} {'images/s':>9} {'speed-up':>9} {'FD (raw pixels)':>16} {'agreement':>10}",
+        f"{'method':<{wide}} {'GMACs/pass':>11} {'images/s':>9} {'speed-up':>9} {'FD (raw pixels)':>16} {'agreement':>10}"
+        "  sampled",
         *(
-            f"{row.name:<18} {row.gmacs:>11.5f} {row.images_per_second:>9.1f} "
+            f"{row.name:<{wide}} {row.gmacs:>11.5f} {row.images_per_second:>9.1f} "
             f"{row.images_per_second / dense.images_per_second:>8.2f}x {row.frechet:>16.2f} {row.agreement:>10.1%}"
+            f"  {row.sampled}"
             for row in rows
         ),
         *density_notes([row for row in rows if row.density is not None]),
         *(
             f"{row.name}: {row.flops_ratio:.1%} of the dense network's attention and MLP were computed, {row.flops_target:.0%} "
-            f"were trained for,\ncounted over the {STEPS} steps as is GMACs/pass, of everything: {row.gmacs / dense.gmacs:.1%} "
+            f"were trained for,\ncounted over all steps as is GMACs/pass, of everything: {row.gmacs / dense.gmacs:.1%} "
             "of the dense network's."
             for row in rows
             if row.flops_ratio is not None
         ),
-        f"{COUNT} samples each, same seeds, {STEPS} DDPM steps, guidance {GUIDANCE}. images/s: {TIMED} at a time through all "
-        f"{STEPS} steps,",
-        f"the median of {ROUNDS} interleaved rounds. FD: Frechet distance on the 64 raw pixels (0 .. 16) to the 1,797 real",
-        "digits, not an FID. Agreement: a support vector machine fitted on the real digits gives the asked class.",
+        f"{COUNT} samples each, same seeds. GMACs/pass: the mean over a picture's passes. images/s: {TIMED} at a time through",
+        f"all steps, the median of {ROUNDS} interleaved rounds. FD: Frechet distance on the 64 raw pixels (0 .. 16) to the",
+        "1,797 real digits, not an FID. Agreement: a support vector machine fitted on the real digits gives the asked class.",
     ]
     return "\n".join(lines)
 
@@ -170,8 +226,7 @@ def density_notes(rows: Sequence[Row]) -> list[str]:
     fixed, dynamic = rows
     return [
         f"Token density (sides of the sparse grids @ where they start; t = 0 is clean): fixed {fixed.density},",
-        f"dynamic {dynamic.density}. GMACs/pass: the mean over the {STEPS} steps, the dynamic network's "
-        f"{dynamic.gmacs / fixed.gmacs - 1:+.2%} from the fixed one's.",
+        f"dynamic {dynamic.density}, whose GMACs/pass are {dynamic.gmacs / fixed.gmacs - 1:+.2%} from the fixed one's.",
         "One training of each: which of the two is better here says little; docs/token-density.md compares several seeds.",
     ]
 
@@ -195,7 +250,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
     missed = []
     if dense.agreement < LEAST_AGREEMENT:
         missed.append(f"dense agreement {dense.agreement:.1%} is below {LEAST_AGREEMENT:.0%}")
-    for row in others:
+    for row in (row for row in others if row.judged):
         speedup = row.images_per_second / dense.images_per_second
         if row.agreement < dense.agreement - MOST_LOST:
             missed.append(
@@ -216,11 +271,12 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 def main() -> None:
     parser = ArgumentParser("The whole job on handwritten digits, dense against sparse, in minutes on a CPU.")
-    parser.add_argument("--method", default=DEFAULT, help=f"compared with the dense network (default: {DEFAULT})")
+    choices = ", ".join(sorted(DEMOS))
+    parser.add_argument("--method", default=DEFAULT, help=f"compared with the dense network: {choices} (default: {DEFAULT})")
     parser.add_argument("--output", default="runs/demo", help="folder for everything (default: runs/demo)")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier demo left there and start over")
     chosen = parser.parse_args()
-    output, names = Path(chosen.output).resolve(), stages(chosen.method)
+    output, shown, names = Path(chosen.output).resolve(), entries(chosen.method), stages(chosen.method)
     check_writable(output, "--output")
     if chosen.fresh:
         for name in ("pictures", "features", "results", "samples"):  # nothing else: the folder is the user's
@@ -229,19 +285,22 @@ def main() -> None:
     write_digits(output / "pictures")
     features = output / "features"
     run_stage("extract", "extract_features.py", ["--data-path", output / "pictures", "--features-path", features, *EXTRACTION])
-    runs = [output / "results" / name for name in names]
-    for run in runs:
-        start = ["--pretrained", checkpoints(runs[0])[-1]] if run != runs[0] else []
-        title = f"{'fine-tune' if start else 'pretrain'} {run.name}"
-        run_stage(title, "train.py", ["--config", f"configs/demo-{run.name}.yaml", "--run-name", run.name, *start,
-                  "--feature-path", features, "--results-dir", output / "results"])  # fmt: skip
-    for run in runs:
-        run_stage(f"sample {run.name}", "sample_ddp.py", ["--ckpt", checkpoints(run)[-1], "--sample-name", run.name,
-                  "--sample-dir", output / "samples", "--num-fid-samples", COUNT, "--per-proc-batch-size", BATCH,
-                  "--labels", "balanced", "--cfg-scale", GUIDANCE, "--num-sampling-steps", STEPS])  # fmt: skip
-    samples = [output / "samples" / f"{run.name}.npz" for run in runs]
+    results = output / "results"
+    for name in names:
+        start = ["--pretrained", checkpoints(results / STARTS[name])[-1]] if name in STARTS else []
+        run_stage(f"{'fine-tune' if start else 'pretrain'} {name}", "train.py", [
+                  "--config", f"configs/demo-{name}.yaml", "--run-name", name, *start,
+                  "--feature-path", features, "--results-dir", results])  # fmt: skip
+    for entry in shown:
+        asked = entry.sampling
+        sampler = [] if asked.sampler is None else ["--sampler", asked.sampler]
+        run_stage(f"sample {entry.name}", "sample_ddp.py", ["--ckpt", checkpoints(results / entry.run)[-1],
+                  "--sample-name", entry.sample_name, "--sample-dir", output / "samples", "--num-fid-samples", COUNT,
+                  "--per-proc-batch-size", BATCH, "--labels", "balanced", "--cfg-scale", asked.cfg_scale,
+                  "--guidance", asked.guidance, *sampler, "--num-sampling-steps", asked.num_sampling_steps])  # fmt: skip
+    samples = [output / "samples" / f"{entry.sample_name}.npz" for entry in shown]
     print("\n== compare", flush=True)
-    rows = compare(runs, samples)
+    rows = compare(shown, results, output / "samples")
     table = show(rows)
     draw(samples, output / "demo.png")
     (output / "table.txt").write_text(table + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from time import sleep
@@ -21,13 +21,20 @@ from data.extraction import Extraction, begin_extraction, join_extraction
 from data.images import BrokenPicture, PictureSource, load_picture, open_source
 from data.latents import Codec, load_codec, pixels_from_bytes, resolve_codec
 from data.manifest import FeatureSettings, Manifest
+from metrics.networks.dino import PatchFeatures
 from runtime import seeding
+from runtime.alignment_encoder import alignment_spec, open_encoder
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script
 from runtime.seeding import Keys
 
 EPILOG = """examples:
   python extract_features.py --data-path imagenet/train --features-path features --image-size 256
   torchrun --nproc_per_node=8 extract_features.py --data-path imagenet/train --features-path features --image-size 512
+  python extract_features.py --data-path imagenet/train --features-path aligned --image-size 256 --alignment dinov2-b
+
+--alignment is for `train.py --alignment` (REPA) and large: at 256 pixels dinov2-b takes 393 KB for each picture and each
+mirror image (ImageNet: 1 TB, with --mirrors original half of it), beside 16 KB of latents. It needs timm
+(`pip install -e .[dinov2]`).
 
 The same command continues after an interruption. The result is the same for any number of processes."""
 
@@ -49,6 +56,13 @@ class ExtractConfig:
     mirrors: Literal["both", "original"] = option("both", "store each picture with its mirror image, or alone")
     skip_broken: bool = option(False, "leave out pictures that cannot be read")
     batch_size: int = option(16, "pictures encoded at once by each process", flags=("--per-proc-batch-size",))
+    alignment: Literal["none", "dinov2-s", "dinov2-b", "dinov2-l"] = option(
+        "none", "encoder whose patch features are stored too, for training with --alignment: REPA's is dinov2-b"
+    )
+    alignment_weights: str | None = option(
+        None, "file of its weights, Meta's .pth or timm's .safetensors; none: timm's, from the Hugging Face hub"
+    )
+    alignment_patch: int = option(2, "patch size of the network to be trained: one feature for each of its tokens")
     num_workers: int = option(8, "threads that read pictures in each process")
     seed: int = option(0, "seed of --kind samples", flags=("--global-seed",))
 
@@ -91,6 +105,7 @@ def prepare(config: ExtractConfig, world_size: int) -> Extraction | None:
         raise InputError(f"{missing} is missing; --help shows examples.")
     settings = feature_settings(config)
     listing = open_source(config.data_path).list_pictures()
+    settings = with_alignment(settings, config)
     extraction = begin_extraction(Path(config.features_path), settings, listing)
     if isinstance(extraction, Manifest):
         print(f"{config.features_path} is complete: {extraction.count} pictures, {settings.describe()}.", flush=True)
@@ -123,6 +138,20 @@ def feature_settings(config: ExtractConfig) -> FeatureSettings:
         seed=config.seed if codec.has_posterior and kind == "samples" else None,
         batch_size=config.batch_size,
     )
+
+
+def with_alignment(settings: FeatureSettings, config: ExtractConfig) -> FeatureSettings:
+    """The settings with what --alignment asks for; the weights of its encoder are looked for, and hashed."""
+    if config.alignment == "none":
+        for name in ("alignment_weights", "alignment_patch"):
+            if getattr(config, name) != getattr(ExtractConfig, name):
+                raise InputError(f"--{name.replace('_', '-')} is for --alignment, which is none; give an encoder, or leave the "
+                                 "flag out.")  # fmt: skip
+        return settings
+    spec = alignment_spec(
+        config.alignment, config.alignment_weights, config.alignment_patch, settings.codec, settings.image_size
+    )
+    return replace(settings, alignment=spec)
 
 
 def from_process_zero(order: WorkOrder | None, world_size: int) -> WorkOrder | None:
@@ -161,11 +190,14 @@ def extract(extraction: Extraction, config: ExtractConfig, blocks: list[int], ra
     with bar:
         if blocks:
             codec = load_codec(extraction.settings.codec, device_of_process())
+            spec = extraction.settings.alignment
+            encoder = open_encoder(spec, config.alignment_weights, device_of_process()) if spec else None
             source = open_source(str(config.data_path))
             for block, pictures, broken in read_blocks(extraction, source, blocks, config.num_workers):
                 for index, reason in broken.items():
                     bar.write(f"broken picture: {extraction.listing.names[index]}: {reason}")
-                extraction.write_block(block, encode_block(extraction, codec, block, pictures), broken)
+                targets = encode_targets(extraction, encoder, block, pictures) if encoder else None
+                extraction.write_block(block, encode_block(extraction, codec, block, pictures), broken, targets)
                 bar.update(extraction.finished_pictures() - bar.n)
         while rank == 0 and bar.n < len(extraction.listing.names):
             sleep(0.2)
@@ -227,16 +259,32 @@ def encode_block(extraction: Extraction, codec: Codec, block: int, pictures: np.
         else:
             rows.append(mean if noise is None else mean + deviation * noise[:, mirror])  # (B, C, h, w)
     stored = torch.stack(rows, dim=1)[: len(indices)].half().numpy()  # (n, M, ...)
+    check_finite(stored, extraction, block, f"codec {settings.codec.name}", "codec")
+    return stored
+
+
+def encode_targets(extraction: Extraction, encoder: PatchFeatures, block: int, pictures: np.ndarray) -> np.ndarray:
+    """pictures (batch_size, S, S, 3) uint8 -> targets (n, mirrors, tokens, width) float16 for the n pictures of `block`"""
+    spec = extraction.settings.alignment
+    assert spec is not None
+    views = [pictures, pictures[:, :, ::-1]] if extraction.settings.mirrors == "both" else [pictures]
+    targets = torch.stack([encoder(np.ascontiguousarray(view)) for view in views], dim=1)  # (B, M, T, D)
+    stored = targets[: len(extraction.pictures_of(block))].half().numpy()
+    check_finite(stored, extraction, block, f"--alignment {spec.name}", "encoder")
+    return stored
+
+
+def check_finite(stored: np.ndarray, extraction: Extraction, block: int, maker: str, kind: str) -> None:
+    """InputError naming the first picture of `block` whose numbers (n, ...) float16 does not hold."""
     finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     if not finite.all():
-        name = extraction.listing.names[indices[int(np.argmin(finite))]]
-        raise InputError(f"codec {settings.codec.name} gives values beyond float16 for {name}; use another codec.")
-    return stored
+        name = extraction.listing.names[extraction.pictures_of(block)[int(np.argmin(finite))]]
+        raise InputError(f"{maker} gives values beyond float16 for {name}; use another {kind}.")
 
 
 def report(manifest: Manifest, folder: Path) -> None:
     """Says what was written, in one or two lines."""
-    size = (folder / manifest.array_name).stat().st_size
+    size = sum((folder / name).stat().st_size for name in manifest.arrays)
     print(f"Wrote {manifest.count} pictures to {folder} ({size / 1e6:,.1f} MB, {manifest.describe()}).", flush=True)
     if manifest.skipped:
         print(f"Left out {len(manifest.skipped)} broken pictures; {folder / 'manifest.json'} names them.", flush=True)

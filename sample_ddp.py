@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data.latents import Codec, CodecSpec, load_codec
 from models import DiT
+from models.token_density import TIMESTEPS
 from models.work import CountedWork
 from runtime.config import ArgumentParser, InputError, from_mapping, option, run_script, to_mapping
 from runtime.decoding import make_decoder, resolve_overlap
@@ -197,6 +198,7 @@ def protocol(settings: SampleSettings, checkpoint: Checkpoint, spec: CodecSpec, 
         "model": checkpoint.model,
         "options": to_mapping(network.options),
         "objective": checkpoint.objective,
+        "time_scale": network.backbone.time_scale,
         "density": {
             "sampled": density_text(network),
             "trained": checkpoint.trained_density,
@@ -297,7 +299,13 @@ def upgraded(record: Mapping[str, Any], network: DiT) -> Mapping[str, Any]:
     """An older record in today's terms: what it does not name was not there to choose."""
     plain = {"compile": "none", "attention": "auto", "cuda_graphs": False, "packed_weights": False}
     guidance = {"kind": "classifier-free", "interval": None, **record["guidance"]}
-    record = {"objective": "ddpm", **record, "execution": plain | record.get("execution", {}), "guidance": guidance}
+    record = {
+        "objective": "ddpm",
+        "time_scale": TIMESTEPS,
+        **record,
+        "execution": plain | record.get("execution", {}),
+        "guidance": guidance,
+    }
     if "density" in record:
         return record
     # Before token density the options held the grid, which was the density.

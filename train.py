@@ -22,10 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data.features import BatchOrder, FeatureDataset, open_features
+from data.features import AlignmentTargets, BatchOrder, FeatureDataset, open_features
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
+from data.manifest import ALIGNMENT
 from models import Backbone, DiT
 from models.weights import LoadingPlan, load
+from runtime.alignment import make_alignment, with_alignment_block
 from runtime.checkpoint import (
     FOLDER,
     Weights,
@@ -67,18 +69,19 @@ from runtime.work_report import measured_ratio, probe, record_work
 
 
 class TrainingData:
-    """The features in the order of the run's seed."""
+    """The features in the order of the run's seed, with their alignment targets where there are any to be used."""
 
-    def __init__(self, features: FeatureDataset, seed: int, batch_size: int) -> None:
-        self.features, self.seed = features, seed
+    def __init__(self, features: FeatureDataset, seed: int, batch_size: int, targets: AlignmentTargets | None = None) -> None:
+        self.features, self.seed, self.targets = features, seed, targets
         self.order = BatchOrder(seed, len(features), batch_size)
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        keys = Keys(self.seed, step, positions)
-        return self.features.batch(self.order.indices(step, positions.numpy()), keys, device)
+    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        keys, indices = Keys(self.seed, step, positions), self.order.indices(step, positions.numpy())
+        batch = self.features.batch(indices, keys, device)
+        return batch if self.targets is None else (*batch, self.targets.batch(indices, keys, device))
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Prepared:
 
     settings: TrainingSettings  # with the number of density groups
     features: FeatureDataset
+    targets: AlignmentTargets | None
     network: DiT  # a blueprint
     objective: Objective
     run: Path
@@ -123,12 +127,15 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     saved = saved_header(resume) if resume else None
     before = network_in(resume, saved) if resume and saved else network_before(settings)
     network = network_of(settings, backbone, options, before)
+    targets = features.open_alignment() if settings.alignment else None
+    if targets:
+        settings = with_alignment_block(settings, network, targets)
     sampled_timesteps(network, grid_sampling(settings))
     objective = make_objective(settings)
     grid_codec = grid_codec_of(settings, features) if settings.sample_every else None
     header = {
         "network": describe(network, settings.model),
-        "data": data_header(features),
+        "data": data_header(features, targets),
         "versions": versions(),
         "objective": network.backbone.objective,
     }
@@ -156,7 +163,7 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     changes = changes_since(before, network)
     held = hold(settings, run, resume)
     return Prepared(
-        settings, features, network, objective, run, held, resume, state, loading, origin, changes, grid_codec, header
+        settings, features, targets, network, objective, run, held, resume, state, loading, origin, changes, grid_codec, header
     )
 
 
@@ -198,9 +205,10 @@ def train(settings: TrainingSettings, options: Mapping[str, Any]) -> None:
         load(network, prepared.state, prepared.loading)
         prepared = replace(prepared, state=None)  # gigabytes, times the processes of a machine
     grid = grid_maker(settings, codec, accelerator.device, run) if codec else None
-    data = TrainingData(features, settings.seed, settings.global_batch_size)
+    data = TrainingData(features, settings.seed, settings.global_batch_size, prepared.targets)
+    alignment = make_alignment(settings, network, prepared.targets) if prepared.targets else None
     meter = work_meter(accelerator.device, run) if network.work else None
-    trainer = Trainer(settings, accelerator, network, prepared.objective, data, run, prepared.header, grid, meter)
+    trainer = Trainer(settings, accelerator, network, prepared.objective, data, run, prepared.header, grid, meter, alignment)
     if prepared.resume:
         trainer.restore(prepared.resume)
     steps = accelerator.gather(torch.tensor([trainer.step], device=accelerator.device)).tolist()
@@ -242,6 +250,9 @@ def opening_lines(prepared: Prepared, network: DiT, trainer: Trainer, execution:
         yield f"blocks compiled ({execution.compile}): the first steps wait for it"
     if settings.gradient_checkpointing != "none":
         yield f"gradient checkpointing: {settings.gradient_checkpointing}"
+    if prepared.targets:
+        where = f"weight {settings.alignment:g} behind block {settings.alignment_block}"
+        yield f"alignment: {where}, with {prepared.targets.spec.describe()}"
     if len(trainer.intervals) > 1:
         yield groups_line(trainer.groups, processes, accumulation, len(trainer.intervals))
     yield from origin_lines(prepared, trainer.step, execution.note)
@@ -261,15 +272,16 @@ def origin_lines(prepared: Prepared, step: int, note: str | None) -> list[str]:
     return lines + ([f"WARNING: {note}"] if note else [])
 
 
-def data_header(features: FeatureDataset) -> dict[str, Any]:
-    """What sampling must know of the data."""
+def data_header(features: FeatureDataset, targets: AlignmentTargets | None) -> dict[str, Any]:
+    """What sampling must know of the data, and what it was."""
     manifest = getattr(features, "manifest", None)
+    unused = () if targets else (ALIGNMENT,)  # features may be extracted again, with targets, under a run that has none
     return {
         "count": len(features),
         "image_size": features.image_size,
         "codec": dataclasses.asdict(features.codec),
         "classes": list(manifest.classes) if manifest else None,
-        "sha256": dict(manifest.sha256) if manifest else None,
+        "sha256": {name: value for name, value in manifest.sha256.items() if name not in unused} if manifest else None,
     }
 
 

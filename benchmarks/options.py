@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -37,6 +37,9 @@ class NetworkSettings(CommonSettings):
     options: str | None = option(
         None, "its other options, as train.py has them: KEY=VALUE, several with spaces between, quoted"
     )
+    objective: Literal["ddpm", "flow"] | None = option(
+        None, "what the networks predict, as train.py --objective; none: as published for the method"
+    )
     image_size: int = option(512, "picture side; latents are 4 x SIDE/8 x SIDE/8")
     latent: tuple[int, int, int] | None = option(
         None, "size of the latents in place of --image-size, for other codecs", words=("C", "H", "W")
@@ -54,13 +57,16 @@ class NetworkSettings(CommonSettings):
         return 4, side, side
 
     def blueprints(self) -> tuple[DiT, DiT]:
-        """The dense network and the method's, without storage, both under the method's objective. InputError where they cannot
-        be.
-        """
+        """The dense network and the method's, without storage, both under one objective. InputError where they cannot be."""
+        backbone = self.backbone()
+        return blueprint(DENSE, backbone, {}), blueprint(self.method, backbone, self.method_options())
+
+    def backbone(self) -> Backbone:
+        """That of all networks. InputError for sizes that are none."""
         channels, height, width = self.latent_shape
         method_class(self.method)
-        objective = default_objective(self.model, self.method)
-        backbone = Backbone.named(
+        objective = self.objective or default_objective(self.model, self.method)
+        return Backbone.named(
             self.model,
             (height, width),
             channels,
@@ -69,20 +75,25 @@ class NetworkSettings(CommonSettings):
             objective=objective,
             time_scale=default_time_scale(self.model, self.method),
         )
-        return blueprint(DENSE, backbone, {}), blueprint(self.method, backbone, self.method_options())
 
     def method_options(self) -> dict[str, Any]:
         """Those of --density and --options. InputError where the method does not have them."""
         kind = method_class(self.method).options_type
         if self.density is not None and "density" not in {field.name for field in fields(kind)}:
             raise InputError(f"--density: --method {self.method} has none; leave the flag out, or give another method.")
-        pairs = [word.partition("=") for word in (self.options or "").split()]
-        if any(not (key and equals and value) for key, equals, value in pairs):
-            raise InputError(f"--options {self.options!r} is not KEY=VALUE; write for example --options 'flops_target=0.7'.")
-        given = [*([] if self.density is None else [("density", self.density)]), *((key, value) for key, _, value in pairs)]
-        if twice := sorted({key for key, _ in given if [key for key, _ in given].count(key) > 1}):
-            raise InputError(f"--options: {twice[0]} is given twice; keep one of the two.")
-        return checked_values(kind, dict(given), f"--options of --method {self.method}")
+        density = [] if self.density is None else [("density", self.density)]
+        return options_in(self.method, self.options, "--options", density)
+
+
+def options_in(method: str, text: str | None, flag: str, before: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """The method's options in the text KEY=VALUE KEY=VALUE of `flag`, after those `before`. InputError for what it has not."""
+    pairs = [word.partition("=") for word in (text or "").split()]
+    if any(not (key and equals and value) for key, equals, value in pairs):
+        raise InputError(f"{flag} {text!r} is not KEY=VALUE; write for example {flag} 'flops_target=0.7'.")
+    given = [*before, *((key, value) for key, _, value in pairs)]
+    if twice := sorted({key for key, _ in given if [key for key, _ in given].count(key) > 1}):
+        raise InputError(f"{flag}: {twice[0]} is given twice; keep one of the two.")
+    return checked_values(method_class(method).options_type, dict(given), f"{flag} of --method {method}")
 
 
 Settings = TypeVar("Settings", bound=CommonSettings)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from benchmarks.counted import CountedRun, counted
 from benchmarks.devices import choose_device
 from benchmarks.memory import weights_gib
 from benchmarks.options import DENSE, DeviceSettings, NetworkSettings, recorded
-from benchmarks.result import Work, heading, rows_of, table
+from benchmarks.result import Row, Work, heading, rows_of, table
 from benchmarks.timing import interleaved
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
-from diffusion.guidance import Interval, Predict, check_guidance
+from diffusion.guidance import GUIDANCE, Interval, Predict, check_guidance
 from models import DiT
 from runtime.config import InputError, option
 from runtime.decoding import make_decoder
@@ -44,12 +45,18 @@ class SampleSettings(ExecutionSettings, NetworkSettings, DeviceSettings):
     steps: int = option(250, "sampling steps of a picture")
     timed_steps: int | None = option(None, "how many of them a round runs, evenly spread; none: 25 on a GPU, 4 on a CPU")
     cfg_scale: float = option(1.5, "guidance scale")
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "euler-maruyama"] | None = option(None, "as sample.py --sampler")
+    guidance: Literal["path-drop"] | None = option(
+        None, "also measure the method with this guidance, as sample.py, beside classifier-free"
+    )
     guidance_interval: tuple[float, float] | None = option(
         None, "also measure the method with guidance in this interval alone, as sample.py", words=("LOW", "HIGH")
     )
     vae: str | None = option(None, "also measure the method with decoding, by this codec, as sample.py; needs all steps timed")
 
 
+PATH_DROP, INTERVAL = ", path-drop", ", interval"
+"""What the names of rows with another guidance end with."""
 BLOCKS = 3
 """Batches of a round in which pictures are decoded: the first's sampling and the last's decoding have nothing beside them."""
 DECODED = f"decoded, decoded beside: the time of a batch, of {BLOCKS} in a row, the latter decoded while the next is sampled"
@@ -66,15 +73,15 @@ def measure(settings: SampleSettings) -> dict[str, Any]:
     spec, blueprints = codec_of(settings, timed), settings.blueprints()
     for line in execution.lines():
         say(line)
-    sampling = SamplingSettings(cfg_scale=settings.cfg_scale, num_sampling_steps=str(timed))
+    sampling = SamplingSettings(settings.cfg_scale, sampler=settings.sampler, num_sampling_steps=str(timed))
+    sampling = sampling.under(blueprints[1].backbone.objective)
     competing = contestants(blueprints, execution, lambda network: inputs(network, sampling, device))
     batch = settings.batch_size or BATCHES.get(device.type, GPU_BATCH)
     if device.type == "cuda":
         first, one_step = next(iter(competing.values())), replace(sampling, num_sampling_steps="1")
         batch = fitting_batch(lambda size: run_of(first, one_step, size, device)(), batch)
     runs, works = dict[str, CountedRun](), {}
-    for name, contestant, where in entries(competing, settings.method, settings.guidance_interval):
-        chosen = replace(sampling, guidance_interval=where)
+    for name, contestant, chosen in entries(competing, settings, sampling):
         runs[name] = CountedRun.of(contestant.network, run_of(contestant, chosen, batch, device))
         works[name] = work_of(contestant, chosen, batch, settings.steps)
     decoded: list[str] = []
@@ -93,11 +100,18 @@ def measure(settings: SampleSettings) -> dict[str, Any]:
     notes = execution_notes(blueprints, execution)
     notes += [DECODED] if decoded else []
     return {
-        "settings": recorded(settings, device=device.type, batch_size=batch, timed_steps=timed, execution=str(execution)),
+        "settings": recorded(
+            settings,
+            device=device.type,
+            batch_size=batch,
+            timed_steps=timed,
+            execution=str(execution),
+        ),
+        "sampler": sampling.sampler,
         "networks": [summary(network, settings.model) for network in blueprints],
         "rows": rows_of(timings, works, f"{DENSE}, {PLAIN}", ceiling),
         "ceiling": ceiling,
-        "notes": notes + interval_notes(settings, blueprints[1], timed),
+        "notes": notes + interval_notes(settings, sampling, blueprints[1]),
         **counted(runs),
     }
 
@@ -106,7 +120,10 @@ def check(settings: SampleSettings, timed: int) -> None:
     """InputError for what no sampling can be."""
     check_guidance(settings.cfg_scale, None)
     Interval.of(settings.guidance_interval)
-    sampled_timesteps(settings.blueprints()[1], SamplingSettings(num_sampling_steps=str(settings.steps)))
+    network = settings.blueprints()[1]
+    sampled_timesteps(network, SamplingSettings(sampler=settings.sampler, num_sampling_steps=str(settings.steps)))
+    if settings.guidance is not None:
+        GUIDANCE[settings.guidance](network)
     if timed > settings.steps:
         raise InputError(f"--timed-steps is {timed}, more than the {settings.steps} --steps; give fewer.")
 
@@ -175,12 +192,13 @@ def decoding_runs(
     return {name: with_numerics(contestant.precision, partial(run, overlap)) for name, overlap in ways.items()}
 
 
-def interval_notes(settings: SampleSettings, network: DiT, timed: int) -> list[str]:
-    """How well the timed steps stand for all of them under the guidance interval."""
+def interval_notes(settings: SampleSettings, sampling: SamplingSettings, network: DiT) -> list[str]:
+    """How well the timed steps, those of `sampling`, stand for all of them under the guidance interval."""
     if settings.guidance_interval is None:
         return []
-    limited = SamplingSettings(cfg_scale=settings.cfg_scale, guidance_interval=settings.guidance_interval)
-    all_steps, part = (sampling_cost(network, replace(limited, num_sampling_steps=str(n))) for n in (settings.steps, timed))
+    limited = replace(sampling, guidance_interval=settings.guidance_interval)
+    whole = replace(limited, num_sampling_steps=str(settings.steps))
+    all_steps, part = (sampling_cost(network, one) for one in (whole, limited))
     return [
         f"guidance interval: {all_steps.guided_steps} of all {all_steps.steps} steps are guided, {part.guided_steps} of the "
         f"{part.steps} timed ones"
@@ -188,13 +206,16 @@ def interval_notes(settings: SampleSettings, network: DiT, timed: int) -> list[s
 
 
 def entries(
-    competing: Mapping[str, Contestant], method: str, interval: tuple[float, float] | None
-) -> list[tuple[str, Contestant, tuple[float, float] | None]]:
-    """Name, network and guidance interval of every row: all contestants, and the method's fastest once more with `interval`."""
-    found: list[tuple[str, Contestant, tuple[float, float] | None]] = [(name, one, None) for name, one in competing.items()]
-    if interval is not None:
-        name, one = best(competing, method)
-        found.append((f"{name}, interval", one, interval))
+    competing: Mapping[str, Contestant], settings: SampleSettings, sampling: SamplingSettings
+) -> list[tuple[str, Contestant, SamplingSettings]]:
+    """Name, network and sampling of every row: all contestants, and the method's fastest once more for each other guidance."""
+    found = [(name, one, sampling) for name, one in competing.items()]
+    name, one = best(competing, settings.method)
+    kinds = dict.fromkeys((sampling.guidance, settings.guidance or sampling.guidance))
+    wheres = dict.fromkeys((None, settings.guidance_interval))
+    for kind, where in list(product(kinds, wheres))[1:]:
+        chosen = replace(sampling, guidance=kind, guidance_interval=where)
+        found.append((name + (f", {kind}" if kind != sampling.guidance else "") + (INTERVAL if where else ""), one, chosen))
     return found
 
 
@@ -231,16 +252,28 @@ def fitting_batch(attempt: Callable[[int], object], batch: int) -> int:
     return batch
 
 
+def path_drop_ratios(rows: Mapping[str, Row]) -> list[str]:
+    """A step with path-drop guidance against one with classifier-free, beside the ratio of multiply-accumulates."""
+    lines = []
+    for name, row in rows.items():
+        if PATH_DROP in name:
+            other = rows[name.replace(PATH_DROP, "")]
+            seconds, macs = row["seconds"]["median"] / other["seconds"]["median"], row["gmacs"] / other["gmacs"]
+            lines.append(f"{name} / classifier-free: time ratio {seconds:.3f}, MACs ratio {macs:.3f}")
+    return lines
+
+
 def show(result: Mapping[str, Any]) -> str:
     """The result as a table."""
     settings = result["settings"]
     size = "x".join(map(str, settings["latent"])) if settings["latent"] else settings["image_size"]
     lines = [
-        f"{settings['model']} at {size}, batch {settings['batch_size']}, guidance {settings['cfg_scale']}, "
-        f"{settings['timed_steps']} of {settings['steps']} steps timed; ours: {settings['execution']}",
+        f"{settings['model']} at {size}, batch {settings['batch_size']}, {result['sampler']}, guidance "
+        f"{settings['cfg_scale']}, {settings['timed_steps']} of {settings['steps']} steps timed; ours: {settings['execution']}",
         *heading(result),
         *result["networks"],
         *table(result["rows"]),
+        *path_drop_ratios(result["rows"]),
         *result["counted_lines"],
         *result["notes"],
         "plain: float32 weights (TF32 products on a GPU), eager, as published scripts run; speed is against dense, plain",

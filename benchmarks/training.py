@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ceiling import ceilings
 from benchmarks.contestants import OURS, PLAIN, random_network, with_numerics
 from benchmarks.memory import weights_gib
-from benchmarks.options import DENSE, NetworkSettings, recorded
+from benchmarks.options import DENSE, NetworkSettings, options_in, recorded
 from benchmarks.result import Work, heading, rows_of, table
 from benchmarks.timing import interleaved
 from diffusion.schedule import Timesteps
@@ -34,7 +34,7 @@ from runtime.config import option
 from runtime.density_groups import group_timestep, interval_of
 from runtime.distributed import make_accelerator
 from runtime.logs import say
-from runtime.networks import build, summary
+from runtime.networks import blueprint, build, summary
 from runtime.objectives import Objective, make_objective
 from runtime.seeding import Keys, integers, normal
 from runtime.settings import TrainingSettings, with_objective
@@ -53,9 +53,19 @@ DRAWN = (
 class TrainSettings(NetworkSettings):
     batch_size: int | None = option(None, "pictures of a step; none: 32 on a GPU, 2 on a CPU")
     steps_per_round: int | None = option(None, "optimizer steps of a round; none: 10 on a GPU, 1 on a CPU")
+    against: str | None = option(
+        None, "options with which the method itself takes the dense network's place, as --options: 'drop_ratio=0'"
+    )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option("auto", "of our loop, as train.py --precision")
     compile: Literal["auto", "none", "default", "max-autotune"] = option("auto", "of our loop, as train.py --compile")
     gradient_checkpointing: Literal["none", "selective", "full"] = option("none", "of our loop, as train.py's", bare="full")
+
+    def rival(self) -> tuple[str, DiT]:
+        """Name and blueprint of what the method is compared with: the dense network, or itself as `--against` says."""
+        if not self.against:
+            return DENSE, self.blueprints()[0]
+        options = self.method_options() | options_in(self.method, self.against, "--against")
+        return f"{self.method} {self.against}", blueprint(self.method, self.backbone(), options)
 
 
 QUICK_CPU: Mapping[str, Any] = {"model": "DiT-S/2", "image_size": 256, "rounds": 3}
@@ -123,8 +133,12 @@ class PlainLoop:
 
 
 def measure(settings: TrainSettings) -> dict[str, Any]:
-    """Seconds of `steps_per_round` optimizer steps: the dense network and the method plain, and the method by our loop."""
-    blueprints = settings.blueprints()
+    """Seconds of `steps_per_round` optimizer steps: the method's rival and the method plain, and the method by our loop.
+
+    A rival that is the method itself goes by our loop too.
+    """
+    rival, other = settings.rival()
+    blueprints = other, settings.blueprints()[1]
     gpu = torch.cuda.is_available()
     device, batch = torch.device("cuda" if gpu else "cpu"), settings.batch_size or (GPU_BATCH if gpu else CPU_BATCH)
     steps = settings.steps_per_round or (10 if gpu else 1)
@@ -132,18 +146,23 @@ def measure(settings: TrainSettings) -> dict[str, Any]:
     if execution.note:
         say(f"WARNING: {execution.note}")
     data, objective = RandomData(blueprints[1]), make_objective(our_settings(settings, batch))
-    dense, plain, ours = f"{DENSE}, {PLAIN}", f"{settings.method}, {PLAIN}", f"{settings.method}, {OURS}"
+    plain, ours = f"{settings.method}, {PLAIN}", f"{settings.method}, {OURS}"
     loops = {
-        name: PlainLoop(trainable(blueprint, device), objective, data, batch, device)
-        for name, blueprint in {dense: blueprints[0], plain: blueprints[1]}.items()
+        name: PlainLoop(trainable(one, device), objective, data, batch, device)
+        for name, one in {f"{rival}, {PLAIN}": other, plain: blueprints[1]}.items()
     }
-    curves: dict[str, list[float]] = {name: [] for name in (*loops, ours)}
-    with our_loop(settings, trainable(blueprints[1], device), execution.precision, batch, data, objective) as trainer:
+    trained = {f"{rival}, {OURS}": other, ours: blueprints[1]} if settings.against else {ours: blueprints[1]}
+    curves: dict[str, list[float]] = {name: [] for name in (*loops, *trained)}
+    with ExitStack() as stack:
+        trainers = {
+            name: stack.enter_context(our_loop(settings, trainable(one, device), execution.precision, batch, data, objective))
+            for name, one in trained.items()
+        }
         networks = {name: (loop.network, plain_precision(device)) for name, loop in loops.items()}
-        networks[ours] = trainer.network, execution.precision
+        networks |= {name: (trainer.network, execution.precision) for name, trainer in trainers.items()}
         takes: dict[str, tuple[Callable[[], object], Callable[[], float]]]
         takes = {name: (loop.optimize, loop.take) for name, loop in loops.items()}
-        takes[ours] = trainer.optimize, partial(take_losses, trainer)
+        takes |= {name: (trainer.optimize, partial(take_losses, trainer)) for name, trainer in trainers.items()}
         runs = {
             name: with_numerics(precision, rounds_of(*takes[name], steps, curves[name]))
             for name, (_, precision) in networks.items()
@@ -161,6 +180,7 @@ def measure(settings: TrainSettings) -> dict[str, Any]:
         "settings": recorded(settings, device=device.type, batch_size=batch, steps_per_round=steps, **resolved),
         "networks": [summary(network, settings.model) for network in blueprints],
         "rows": rows_of(timings, works, plain, ceiling),
+        "against": rival,
         "ceiling": ceiling,
         "notes": [DRAWN] if blueprints[1].plan_varies else [],
         "losses": curves,
@@ -178,6 +198,7 @@ def our_settings(settings: TrainSettings, batch: int) -> TrainingSettings:
     asked = TrainingSettings(
         model=settings.model,
         method=settings.method,
+        objective=settings.objective,
         image_size=settings.image_size,
         max_steps=10**9,
         global_batch_size=batch,
@@ -257,6 +278,20 @@ def largest_difference(ours: list[float], plain: list[float]) -> float:
     return max(abs(one / other - 1) for one, other in zip(ours, plain, strict=True))
 
 
+def time_ratios(result: Mapping[str, Any]) -> list[str]:
+    """A step of the method against one of its rival, by the same loop, beside the ratio of multiply-accumulates."""
+    lines, rows = [], result["rows"]
+    for kind in (PLAIN, OURS):
+        rival, method = f"{result['against']}, {kind}", f"{result['settings']['method']}, {kind}"
+        if rival in rows and method in rows:
+            seconds = rows[method]["seconds"]["median"] / rows[rival]["seconds"]["median"]
+            macs = rows[method]["gmacs"] / rows[rival]["gmacs"]
+            lines.append(
+                f"{kind}: {method.partition(',')[0]} / {result['against']}: time ratio {seconds:.3f}, MACs ratio {macs:.3f}"
+            )
+    return lines
+
+
 def show(result: Mapping[str, Any]) -> str:
     """The result as a table."""
     settings = result["settings"]
@@ -268,6 +303,7 @@ def show(result: Mapping[str, Any]) -> str:
         *heading(result),
         *result["networks"],
         *table(result["rows"]),
+        *time_ratios(result),
         f"loss curves of {settings['method']}, ours and plain: at most {difference:.2g} of the loss apart in "
         f"{len(next(iter(result['losses'].values())))} rounds" + ("" if math.isfinite(difference) else " (not finite)"),
         "plain: eager, AdamW as torch has it, average by parameter, loss read every step; fp16 with a scaler on a GPU, fp32 on "

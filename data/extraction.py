@@ -4,7 +4,7 @@ Pictures are taken in blocks of `batch_size` consecutive ones, the last one padd
 alone, so any process may compute any block. Until the end everything lies in FOLDER/.progress:
     settings.json       what is being written, and for which pictures; written last, so its presence means "begun"
     listing.json        classes and picture names
-    moments.npy (...)   the array, at full size from the start; each process writes its blocks at their place
+    moments.npy (...)   the arrays, at full size from the start; each process writes its blocks at their place
     blocks.*.jsonl      one line per finished block, added after the block's bytes have reached the disk
 Arrays are written as files, not through memory maps: a full disk is then an error message instead of a SIGBUS, and two
 machines on one NFS do not overwrite each other's half of a page.
@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -43,6 +43,7 @@ PROGRESS = ".progress"
 _LOCK = ".lock"
 _SETTINGS, _LISTING = "settings.json", "listing.json"
 _NAMED_BROKEN_PICTURES = 10
+_BYTES_COPIED_AT_ONCE = 2**26
 
 
 class Journal:
@@ -77,14 +78,14 @@ class Extraction:
         self.journal = Journal(folder / PROGRESS)
         self.block_count = -(-len(listing.names) // settings.batch_size)
         self._lock = lock
-        self._array_file: IO[bytes] | None = None
+        self._array_files: dict[str, IO[bytes]] = {}
         self._journal_file: IO[bytes] | None = None
 
     def __enter__(self) -> Extraction:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in (self._array_file, self._journal_file, self._lock):
+        for file in (*self._array_files.values(), self._journal_file, self._lock):
             if file is not None:
                 file.close()
 
@@ -108,21 +109,24 @@ class Extraction:
     def open_for_writing(self, rank: int) -> None:
         """Must be called before `write_block`."""
         progress = self.folder / PROGRESS
-        self._array_file = open(progress / self.settings.array_name, "r+b", buffering=0)  # noqa: SIM115
+        self._array_files = {name: open(progress / name, "r+b", buffering=0) for name in self.settings.arrays}  # noqa: SIM115
         self._journal_file = open(progress / f"blocks.rank{rank}.jsonl", "ab", buffering=0)  # noqa: SIM115
 
-    def write_block(self, block: int, rows: np.ndarray, broken: dict[int, str]) -> None:
-        """Stores the rows (n, *row_shape) float16 of `block`; `broken` says why pictures (by index) have none."""
-        assert self._array_file is not None
+    def write_block(self, block: int, rows: np.ndarray, broken: dict[int, str], targets: np.ndarray | None = None) -> None:
+        """Stores the rows (n, *row_shape) float16 of `block`, and the targets (n, mirrors, tokens, width) float16 where the
+        settings have an alignment; `broken` says why pictures (by index) have none.
+        """
         assert self._journal_file is not None
-        start = _header_size(self._array_shape) + self.pictures_of(block).start * rows[0].nbytes
-        self._array_file.seek(start)
-        _write_all(self._array_file, rows.tobytes())
+        parts = [rows] if targets is None else [rows, targets]
+        for (name, file), part in zip(self._array_files.items(), parts, strict=True):
+            assert part.shape[1:] == self.settings.arrays[name]
+            file.seek(_header_size(self.shape_of(name)) + self.pictures_of(block).start * part[0].nbytes)
+            _write_all(file, part.tobytes())
         _write_all(self._journal_file, (json.dumps({"block": block, "broken": broken}) + "\n").encode())
 
-    @property
-    def _array_shape(self) -> tuple[int, ...]:
-        return (len(self.listing.names), *self.settings.row_shape)
+    def shape_of(self, array: str) -> tuple[int, ...]:
+        """Of the array in the file `array`."""
+        return (len(self.listing.names), *self.settings.arrays[array])
 
     def finish(self, skip_broken: bool) -> Manifest:
         """Puts arrays and manifest into place, when every block is finished; one process alone may call it.
@@ -141,17 +145,18 @@ class Extraction:
         with atomic_write(self.folder / LABELS) as temporary, open(temporary, "wb") as file:
             np.save(file, self.listing.labels()[keep])
         write_json(self.folder / SOURCES, [name for name, kept in zip(names, keep, strict=True) if kept])
-        array = self.settings.array_name
-        if skipped:
-            _copy_rows(self.folder / PROGRESS / array, self.folder / array, keep)
-        else:
-            os.replace(self.folder / PROGRESS / array, self.folder / array)
+        arrays = self.settings.arrays
+        for array in arrays:
+            if skipped:
+                _copy_rows(self.folder / PROGRESS / array, self.folder / array, keep)
+            else:
+                os.replace(self.folder / PROGRESS / array, self.folder / array)
         manifest = Manifest(
             **{entry.name: getattr(self.settings, entry.name) for entry in fields(FeatureSettings)},
             format_version=FORMAT_VERSION,
             count=int(keep.sum()),
             classes=self.listing.classes,
-            sha256={name: sha256(self.folder / name) for name in (array, LABELS, SOURCES)},
+            sha256={name: sha256(self.folder / name) for name in (*arrays, LABELS, SOURCES)},
             skipped=skipped,
             written_with=_versions(self.settings),
         )
@@ -203,21 +208,25 @@ def _create(extraction: Extraction) -> None:
     shutil.rmtree(progress, ignore_errors=True)
     progress.mkdir()
     _check_space(extraction, present=0)
-    shape = (len(listing.names), *settings.row_shape)
-    with open(progress / settings.array_name, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, _header(shape))
-        file.truncate(_header_size(shape) + int(np.prod(shape)) * 2)
+    for name in settings.arrays:
+        shape = extraction.shape_of(name)
+        with open(progress / name, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, _header(shape))
+            file.truncate(_header_size(shape) + int(np.prod(shape)) * 2)
     write_json(progress / _LISTING, {"classes": listing.classes, "names": listing.names})
     write_json(progress / _SETTINGS, to_mapping(settings))
 
 
 def _resume(extraction: Extraction) -> None:
-    progress, name = extraction.folder / PROGRESS, extraction.settings.array_name
-    if not (progress / name).exists():  # killed between putting the array into place and writing the manifest
+    progress, arrays = extraction.folder / PROGRESS, extraction.settings.arrays
+    for name in arrays:
+        if (progress / name).exists():
+            continue
         if not (extraction.folder / name).exists():
             raise InputError(f"{progress / name} is gone; delete {extraction.folder} to start again.")
+        # Killed between putting the arrays into place and writing the manifest.
         os.replace(extraction.folder / name, progress / name)
-    _check_space(extraction, present=(progress / name).stat().st_blocks * 512)
+    _check_space(extraction, present=sum((progress / name).stat().st_blocks * 512 for name in arrays))
     journal = Journal(progress)
     journal.poll()
     # One file instead of one per earlier process. Blocks with broken pictures are left out, so that they are read again:
@@ -260,8 +269,15 @@ def _refuse_other_settings(what: str, begun: FeatureSettings, wanted: FeatureSet
     # The codec comes before what follows from it (latent shape, kind), so the first difference is the cause.
     for name in before:
         if before[name] != now[name]:
-            old, new = (value["name"] if name == "codec" else value for value in (before[name], now[name]))
-            raise InputError(f"{what} with {name} {old}, not {new}; {remedy}.")
+            raise InputError(f"{what} with {_other(name, before[name], now[name])}; {remedy}.")
+
+
+def _other(name: str, before: Any, now: Any) -> str:
+    """In words how a setting differs; a group is called by its name, or by its first entry that differs."""
+    old, new = (value["name"] if isinstance(value, dict) else value for value in (before, now))
+    if isinstance(before, dict) and old == new:
+        return next(_other(f"{name} {entry}", before[entry], now[entry]) for entry in before if before[entry] != now[entry])
+    return f"{name} {'none' if old is None else old}, not {'none' if new is None else new}"
 
 
 def _difference(before: set[str], now: Sequence[str]) -> str:
@@ -303,7 +319,7 @@ def _lock(folder: Path, exclusive: bool) -> IO[str]:
 
 
 def _check_space(extraction: Extraction, present: int) -> None:
-    needed = len(extraction.listing.names) * int(np.prod(extraction.settings.row_shape)) * 2 - present
+    needed = sum(int(np.prod(extraction.shape_of(name))) * 2 for name in extraction.settings.arrays) - present
     free = shutil.disk_usage(extraction.folder).free
     if needed > free:
         raise InputError(
@@ -332,10 +348,11 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 def _copy_rows(source: Path, target: Path, keep: np.ndarray) -> None:
     rows = np.load(source, mmap_mode="r")
+    at_once = max(1, _BYTES_COPIED_AT_ONCE // rows[0].nbytes)
     with atomic_write(target) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, _header((int(keep.sum()), *rows.shape[1:])))
-        for start in range(0, len(rows), 1024):
-            file.write(rows[start : start + 1024][keep[start : start + 1024]].tobytes())
+        for start in range(0, len(rows), at_once):
+            file.write(rows[start : start + at_once][keep[start : start + at_once]].tobytes())
 
 
 def _broken_message(skipped: dict[str, str], count: int, folder: Path) -> str:

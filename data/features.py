@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.latents import SD_VAE, CodecSpec
-from data.manifest import LABELS, MANIFEST, Manifest, open_array
+from data.manifest import ALIGNMENT, LABELS, MANIFEST, AlignmentSpec, Manifest, open_array
 from runtime import seeding
 from runtime.config import InputError
 from runtime.seeding import Keys
@@ -54,9 +54,38 @@ class FeatureDataset(ABC):
         stored. `keys` are on the CPU, where the mirror must be known. -> latents (N, C, h, w) float32, labels (N,), on `device`
         """
 
+    def open_alignment(self) -> AlignmentTargets:
+        """The targets of representation alignment. InputError where there are none."""
+        raise InputError(
+            f"{self.path} holds no alignment features, which --alignment needs; extract into another folder with "
+            "`extract_features.py --alignment dinov2-b`, or leave --alignment out."
+        )
+
     @abstractmethod
     def describe(self) -> str:
         """One line for the log."""
+
+
+@dataclass(frozen=True)
+class AlignmentTargets:
+    """What a vision encoder made of each picture and its mirror image, memory-mapped."""
+
+    spec: AlignmentSpec
+    mirrors: Literal["both", "original"]
+    array: np.ndarray  # (count, mirrors, tokens, width) float16
+
+    def batch(self, indices: np.ndarray, keys: Keys, device: torch.device = CPU) -> Tensor:
+        """Of the pictures `indices` (N,), each as it is or mirrored: as `FeatureDataset.batch` draws it for the same `keys`.
+        -> (N, tokens, width) float16, on `device`
+        """
+        return torch.from_numpy(self.array[indices, drawn_mirrors(keys, self.mirrors)]).to(device)
+
+
+def drawn_mirrors(keys: Keys, mirrors: Literal["both", "original"]) -> np.ndarray:
+    """For each sample 1 where it is mirrored, else 0. -> (N,) int64"""
+    if mirrors == "original":
+        return np.zeros(len(keys.index), dtype=np.int64)
+    return seeding.integers(keys, "mirror", 2).numpy()
 
 
 class CachedFeatures(FeatureDataset):
@@ -78,9 +107,7 @@ class CachedFeatures(FeatureDataset):
         return self.manifest.count
 
     def batch(self, indices: np.ndarray, keys: Keys, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-        mirror = np.zeros(len(indices), dtype=np.int64)
-        if self.mirrors == "both":
-            mirror = seeding.integers(keys, "mirror", 2).numpy()
+        mirror = drawn_mirrors(keys, self.mirrors)
         latents = torch.empty(len(indices), *self._array.shape[2:])  # (N, C, h, w) or (N, 2, C, h, w)
         for start in range(0, len(indices), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
@@ -90,6 +117,13 @@ class CachedFeatures(FeatureDataset):
             mean, deviation = latents.unbind(1)  # (N, C, h, w) each
             latents = mean + deviation * seeding.normal(keys.on(device), "posterior", self.latent_shape)  # (N, C, h, w)
         return latents, torch.from_numpy(self._labels[indices]).to(device)
+
+    def open_alignment(self) -> AlignmentTargets:
+        spec = self.manifest.alignment
+        if spec is None:
+            return super().open_alignment()
+        shape = (self.manifest.count, *self.manifest.arrays[ALIGNMENT])
+        return AlignmentTargets(spec, self.mirrors, open_array(self.path / ALIGNMENT, shape, np.float16))
 
     def describe(self) -> str:
         return f"{len(self)} pictures of {self.num_classes} classes from {self.path}: {self.manifest.describe()}"

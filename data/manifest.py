@@ -4,6 +4,7 @@ A cache folder holds
     manifest.json   what the arrays are (`Manifest`); written last, so its presence means that the cache is complete
     latents.npy     kind "samples": (count, mirrors, C, h, w) float16, scaled for the model
     moments.npy     kind "moments": (count, mirrors, 2, C, h, w) float16, mean and standard deviation, scaled for the model
+    alignment.npy   where asked for: (count, mirrors, tokens, width) float16, what a vision encoder makes of each picture
     labels.npy      (count,) int64
     sources.json    the name of the picture behind each row
 The standard deviation is stored, not its logarithm: in float16 the logarithm of a small one would be off by a percent.
@@ -26,7 +27,27 @@ from runtime.files import sha256, write_json
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
 SOURCES = "sources.json"
+ALIGNMENT = "alignment.npy"
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AlignmentSpec:
+    """Features of a frozen vision encoder, one vector for each token of the map: targets of representation alignment."""
+
+    name: str  # of the encoder: dinov2-b ...
+    sha256: str  # of its weights
+    patch_size: int  # latent places on a side of a token
+    grid: tuple[int, int]  # rows and columns of tokens
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one picture's targets: (tokens, width)"""
+        return self.grid[0] * self.grid[1], self.width
+
+    def describe(self) -> str:
+        return f"{self.name} features of {self.grid[0]} x {self.grid[1]} tokens"
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,15 @@ class FeatureSettings:
     mirrors: Literal["both", "original"]  # "both": the picture and its left-right mirror image, in this order
     seed: int | None  # of the posterior's samples; None where nothing was drawn
     batch_size: int  # convolutions round differently for different batch sizes
+    alignment: AlignmentSpec | None = field(default=None, kw_only=True)
+
+    @property
+    def arrays(self) -> dict[str, tuple[int, ...]]:
+        """The arrays that hold an entry for each picture: file name -> shape of an entry."""
+        arrays: dict[str, tuple[int, ...]] = {self.array_name: self.row_shape}
+        if self.alignment:
+            arrays[ALIGNMENT] = (self.row_shape[0], *self.alignment.shape)
+        return arrays
 
     @property
     def array_name(self) -> str:
@@ -55,7 +85,8 @@ class FeatureSettings:
         """Codec, latent size, kind and mirrors in a few words."""
         size = " x ".join(map(str, self.latent_shape))
         mirrors = "both mirrors" if self.mirrors == "both" else "originals only"
-        return f"codec {self.codec.name}, latents {size}, {self.kind}, {mirrors}"
+        targets = f", {self.alignment.describe()}" if self.alignment else ""
+        return f"codec {self.codec.name}, latents {size}, {self.kind}, {mirrors}{targets}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +129,9 @@ def settings_from_mapping(cls: Any, mapping: dict[str, Any], where: str) -> Any:
     rest = dict(mapping)
     try:
         codec = from_mapping(CodecSpec, rest.pop("codec", {}), f"{where}: codec")
-        return cls(codec=codec, **checked_values(cls, rest, where))
+        aligned = rest.pop("alignment", None)  # older caches know of none
+        alignment = None if aligned is None else from_mapping(AlignmentSpec, aligned, f"{where}: alignment")
+        return cls(codec=codec, alignment=alignment, **checked_values(cls, rest, where))
     except (TypeError, AttributeError) as error:
         raise InputError(f"{where} is damaged ({error}); extract the features again.") from None
 

@@ -122,7 +122,7 @@ class EpsilonObjective:
         return Noised(q_sample(self.schedule, x0, t, noise), t, x0, noise)
 
     def timestep_at(self, share: float) -> int:
-        """The timestep of which `share` of the draws are smaller."""
+        """The timestep, 0 .. 999, of which `share` of the draws are smaller."""
         return int(share * len(self.schedule))
 
     def losses(self, output: Tensor, noised: Noised) -> dict[str, Tensor]:

@@ -97,6 +97,7 @@ class Sampler(NamedTuple):
     objective: str  # "ddpm" or "flow": what its networks were trained under
     timesteps: Callable[[str], list[float]]  # those at which it asks the network, in order; InputError for what are no steps
     run: Run
+    calls: int = 1  # how often it asks in a step
 
 
 def ancestral_timesteps(steps: str) -> list[float]:
@@ -129,6 +130,7 @@ SAMPLERS: dict[str, Sampler] = {
         "flow",
         heun_timesteps,
         lambda denoise, noise, steps, step_noise, callback=None: heun(denoise, noise, step_count(steps), callback),
+        calls=2,
     ),
     "euler-maruyama": Sampler(
         "flow",

@@ -163,6 +163,14 @@ class DiT(nn.Module):
         output, features = self.predict(x, t, y, plan, draws)
         return {"denoising": (output, 1.0)}, features
 
+    def alignable_blocks(self) -> Sequence[int]:
+        """The blocks, counted from 1, behind which each token of a training pass stands for one place of the full map."""
+        return range(1, self.backbone.depth + 1)
+
+    def places_behind(self, block: int, draws: Draws) -> Tensor | None:
+        """The places of the tokens behind one of `alignable_blocks` in the full map, (N, K) int64; None: all, in order."""
+        return None
+
     def extra_losses(self, features: Mapping[str, Tensor], step: int | Tensor) -> dict[str, Tensor]:
         """Scalar losses of the method itself, already weighted, by name."""
         return {}

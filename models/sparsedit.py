@@ -266,6 +266,9 @@ class SparseDiT(DiT):
     def training_plans(self, step: int = 0) -> Sequence[tuple[range, Plan]]:
         return [(timesteps, self.plan(timesteps.start)) for timesteps in self.density.intervals]
 
+    def alignable_blocks(self) -> Sequence[int]:
+        return [number for number, kind in enumerate(self.layout, 1) if kind not in (MERGE, SPARSE)]
+
     def run_blocks(
         self, tokens: Tensor, condition: Condition, plan: Plan, draws: Draws | None
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -198,6 +198,10 @@ class SPRINT(DiT):
             drawn["kept"] = draw_kept(numbers, self.options, self.backbone.grid)
         return drawn
 
+    def places_behind(self, block: int, draws: Draws) -> Tensor | None:
+        middle = self.options.encoder_blocks < block <= self.backbone.depth - self.options.decoder_blocks
+        return draws.get("kept") if middle else None
+
     # Passes ----------------------------------------------------------------------------------------------------------
 
     @property

@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file that holds everything, and the weights of anybody's files, without executing pickles.
 
-A training checkpoint's tensors are named `model/...`, `ema/...`, `optimizer/<parameter>/<moment>`; step, scaler, counters
-and the whole configuration stand as JSON in the file's metadata. It is written under a temporary name and renamed, so a
-checkpoint that can be seen is complete. An exported file holds the weights alone, with the same JSON.
+A training checkpoint's tensors are named `model/...`, `ema/...`, `optimizer/<parameter>/<moment>`, and `alignment/...` where
+the training had a projector beside the network; step, scaler, counters and the whole configuration stand as JSON in the file's
+metadata. It is written under a temporary name and renamed, so a checkpoint that can be seen is complete. An exported file holds
+the weights alone, with the same JSON.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ LABELLED = 60
 def density_lines(network: DiT, model: str, timesteps: Sequence[int]) -> list[str]:
     """What is printed before training and sampling, beside `runtime.networks.summary`: grids and GMACs over the timesteps.
 
-    `timesteps` are those of the sampler's steps. Nothing where every step does the same
-    and there are no grids; one line where there is one grid; a table, mean GMACs and the paper's figure where there are more.
+    `timesteps` are those of the sampler's steps. Nothing where every step does the same and there are no grids; one line where
+    there is one grid; a table, mean GMACs and the paper's figure where there are more.
     """
     density = network.density
     if density is None:
@@ -119,7 +119,7 @@ def draw_density(network: DiT, path: Path, sampled: Sequence[int]) -> None:
     right.set_ylim(0, dense * 1.05)
     right.set_ylabel("GMACs", color=COST_COLOR)
     right.stairs(_gmacs(network, density), edges, baseline=None, color=COST_COLOR, linewidth=2, label="GMACs of one pass")
-    right.axhline(mean, color=COST_COLOR, linestyle="--", label=f"mean over {len(sampled)} sampling steps: {mean:.4g}")
+    right.axhline(mean, color=COST_COLOR, linestyle="--", label=f"mean over {len(sampled)} sampled timesteps: {mean:.4g}")
     right.axhline(dense, color="0.35", label=f"dense backbone: {dense:.4g}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save_canvas(canvas, path)
@@ -137,7 +137,7 @@ def _means(network: DiT, timesteps: Sequence[int]) -> str:
     most = "" if network.work is None else ", at most"
     return (
         f"mean GMACs{most}: {everywhere:.{digits}f} over all {TIMESTEPS:,} timesteps, {sampled:.{digits}f} over the "
-        f"{len(timesteps)} sampling steps ({sampled / dense:.1%} of the dense backbone's {dense:.{digits}f})"
+        f"{len(timesteps)} sampled timesteps ({sampled / dense:.1%} of the dense backbone's {dense:.{digits}f})"
     )
 
 

@@ -78,6 +78,7 @@ def fit_weights(weights: Weights, plan: DiT) -> tuple[dict[str, Tensor], Loading
     try:
         state, notes = canonical(weights), list[str]()
         _check_heads(weights, plan)
+        _check_variance(_shapes(state), plan)
         if not plan.backbone.learn_sigma and has_variance(_shapes(state)):
             state, notes = without_variance(state), ["the variance outputs are left out"]
         loading = plan_loading(plan, _shapes(state), METHODS)
@@ -92,6 +93,14 @@ def _check_heads(weights: Weights, plan: DiT) -> None:
     if heads != plan.backbone.num_heads:
         raise InputError(f"the checkpoint's attention has {heads} heads and --model asks for {plan.backbone.num_heads}; give "
                          "the checkpoint's --model.")  # fmt: skip
+
+
+def _check_variance(shapes: Mapping[str, tuple[int, ...]], plan: DiT) -> None:
+    """A network that learns the variance cannot start without: zeros would be a variance too, and a wrong one."""
+    patches, outputs = shapes.get("x_embedder.proj.weight", (0,)), shapes.get("final_layer.linear.weight", (0,))[0]
+    if plan.backbone.learn_sigma and outputs and outputs == math.prod(patches[1:]):
+        raise InputError("the weights predict no variance, as those trained under --objective flow; give that objective, or "
+                         "for ddpm --no-learn-sigma.")  # fmt: skip
 
 
 def as_ours(weights: Weights, model: str, time_scale: float | None = None) -> Weights:
@@ -156,7 +165,7 @@ def recognized(
             num_classes=shapes[LABEL_TABLE][0] - 1,
             learn_sigma=objective == "ddpm" and shapes["final_layer.linear.weight"][0] == 2 * inputs,
             objective=objective,
-            time_scale=time_scale or default_time_scale(model, method),
+            time_scale=default_time_scale(model, method) if time_scale is None else time_scale,
         )
     except InputError as error:
         raise InputError(f"{weights.origin}: {error}") from None

@@ -24,7 +24,7 @@ class Objective(Protocol):
         """Losses per sample, each (N,): "loss" is the total, the others are its parts."""
 
     def timestep_at(self, share: float) -> int:
-        """The timestep, 0 .. 999, below which the `share` of all draws lies."""
+        """The timestep, 0 .. 999, below or in which `share` of all draws lie."""
 
 
 def make_objective(settings: TrainingSettings) -> Objective:

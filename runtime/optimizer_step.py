@@ -44,11 +44,12 @@ def update(
 ) -> Outcome:
     """Applies the accumulated gradients, unless they are not finite or too large, and moves the average.
 
-    `optimizer` is what accelerate made of `make_optimizer`'s. A step that is left out leaves weights and moments as they are;
-    for the average it is a step on which the weights stood still.
+    `optimizer` is what accelerate made of `make_optimizer`'s; it may train more than the `network`, which is averaged. A step
+    that is left out leaves weights and moments as they are; for the average it is a step on which the weights stood still.
     """
     accelerator.unscale_gradients(optimizer)
-    parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for parameter in trained if parameter.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     # Gradients are reduced over the processes, so all of them decide alike.
     finite = torch.isfinite(norm)

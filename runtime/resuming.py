@@ -68,8 +68,8 @@ def network_of(settings: TrainingSettings, backbone: Backbone, given: Mapping[st
     So is what it embeds as time, which `before` of any method says.
     """
     published = default_time_scale(settings.model, settings.method)
-    scale = settings.time_scale or (published if before is None else before.backbone.time_scale)
-    backbone = replace(backbone, time_scale=scale)
+    there = published if before is None else before.backbone.time_scale
+    backbone = replace(backbone, time_scale=there if settings.time_scale is None else settings.time_scale)
     if before is None or method_name(before) != settings.method:
         return blueprint(settings.method, backbone, given)
     try:
@@ -88,7 +88,8 @@ def changes_since(before: DiT | None, network: DiT) -> list[str]:
     then, now = ({name: getattr(one.backbone, name) for name in ("objective", "time_scale")} for one in (before, network))
     if type(before) is type(network):
         then, now = then | to_mapping(before.options), now | to_mapping(network.options)
-    return different(then, now)
+    lines = different(then, now)
+    return [f"{line}: it learns anew what it predicts" if line.startswith("objective ") else line for line in lines]
 
 
 def check_resumable(path: Path, saved: Mapping[str, Any], settings: TrainingSettings, now: Mapping[str, Any]) -> None:

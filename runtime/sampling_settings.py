@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 from diffusion.guidance import GUIDANCE, Interval
-from diffusion.samplers import PUBLISHED, SAMPLERS
+from diffusion.samplers import PUBLISHED, SAMPLERS, Sampler
 from diffusion.schedule import plan_timestep
 from models import DiT
 from runtime.config import InputError, option
@@ -27,13 +27,14 @@ class SamplingSettings:
     )
     guidance_interval: tuple[float, float] | None = option(
         None,
-        "guide only the steps whose timestep / 1000 is LOW to HIGH, 0 clean and 1 noise; the others cost half; none: all",
+        "guide only the steps whose timestep / 1000 is LOW to HIGH, 0 clean and 1 noise; the others save the unconditional "
+        "half; none: all",
         words=("LOW", "HIGH"),
     )
     sampler: Literal["ddpm", "ddim", "euler", "heun", "euler-maruyama"] | None = option(
         None,
-        "of networks trained under ddpm: ddpm, ancestral sampling, or ddim with eta 0; under flow: euler or heun along the "
-        "ODE, or euler-maruyama along the SDE; none: as published, ddpm and euler-maruyama",
+        "of networks trained under ddpm: ddpm, ancestral sampling, or ddim with eta 0; under flow: euler or heun (two "
+        "passes a step) along the ODE, or euler-maruyama along the SDE; none: as published, ddpm and euler-maruyama",
     )
     num_sampling_steps: str = option(
         "250",
@@ -58,15 +59,23 @@ def guided_channels(settings: SamplingSettings) -> int | None:
     return None if settings.guidance_channels in (None, "all") else int(settings.guidance_channels)
 
 
+def fitting_sampler(network: DiT, settings: SamplingSettings) -> Sampler:
+    """The sampler for what the network was trained under. InputError for one that does not fit."""
+    name = settings.under(network.backbone.objective).sampler
+    assert name is not None
+    return SAMPLERS[name]
+
+
 def asked_timesteps(network: DiT, settings: SamplingSettings) -> list[float]:
     """The timesteps at which the sampler asks the network, 0 .. 1000, in order. InputError for what are no steps."""
-    sampler = settings.under(network.backbone.objective).sampler
-    assert sampler is not None
-    return SAMPLERS[sampler].timesteps(settings.num_sampling_steps)
+    return fitting_sampler(network, settings).timesteps(settings.num_sampling_steps)
 
 
 def sampled_timesteps(network: DiT, settings: SamplingSettings) -> list[int]:
-    """The original timesteps, 0 .. 999, whose plans a sampling runs, in order. InputError for what are no steps."""
+    """The original timesteps, 0 .. 999, whose plans a sampling runs, in order. InputError for what are no steps.
+
+    Under flow the network is given the exact time, and its plan, as DyDiT's widths, is that of the timestep at or below.
+    """
     return [plan_timestep(timestep) for timestep in asked_timesteps(network, settings)]
 
 
@@ -74,15 +83,19 @@ class SamplingCost(NamedTuple):
     """What one picture costs."""
 
     scale: float  # of guidance
-    steps: int  # calls of a step's denoiser: Heun's method has two a step
+    steps: int  # those of a sampler that asks twice a step count twice: guidance is decided anew
     guided_steps: int
     passes: int  # of the network: one a step, and another where it is guided
     macs: int  # multiply-accumulates of all passes
     at_most: bool  # whether passes leave out what they find they can, which nobody knows before
+    calls: int  # how often the sampler asks in one of its steps
 
     def __str__(self) -> str:
         where = "all" if self.guided_steps == self.steps else f"{self.guided_steps} of"
-        guidance = f"guidance {self.scale:g} at {where} {self.steps} steps" if self.guided_steps else "no guidance"
+        steps = f"{self.steps} steps"
+        if self.calls > 1:
+            steps = f"{self.steps} calls of {self.steps // self.calls} steps"
+        guidance = f"guidance {self.scale:g} at {where} {steps}" if self.guided_steps else "no guidance"
         most = "at most " if self.at_most else ""
         return f"{guidance}: {self.passes} network passes and {most}{self.macs / 1e12:.4g} TMACs per picture"
 
@@ -90,8 +103,9 @@ class SamplingCost(NamedTuple):
 def sampling_cost(network: DiT, settings: SamplingSettings) -> SamplingCost:
     """What a picture costs under `settings`, each step under its own plans."""
     timesteps, interval = asked_timesteps(network, settings), Interval.of(settings.guidance_interval)
+    calls = fitting_sampler(network, settings).calls
     guided = [t for t in timesteps if settings.cfg_scale != 1.0 and interval.holds(t)]
     halves = GUIDANCE[settings.guidance](network)
     plans = Counter(halves(plan_timestep(t))[0] for t in timesteps) + Counter(halves(plan_timestep(t))[1] for t in guided)
     macs = sum(count * network.macs(plan) for plan, count in plans.items())
-    return SamplingCost(settings.cfg_scale, len(timesteps), len(guided), plans.total(), macs, network.work is not None)
+    return SamplingCost(settings.cfg_scale, len(timesteps), len(guided), plans.total(), macs, network.work is not None, calls)

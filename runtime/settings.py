@@ -73,6 +73,13 @@ class TrainingSettings:
         1, "equal parts of the timesteps, from which the samples of a batch draw in turn; the method's recipe sets it, 1: none"
     )
     min_snr_gamma: float | None = option(None, "weight the loss by min(snr, gamma)/snr; the method's recipe sets it, none: off")
+    alignment: float = option(
+        0.0,
+        "weight of representation alignment (REPA: 0.5), which needs features of extract_features.py --alignment; 0: none",
+    )
+    alignment_block: int | None = option(
+        None, "block, counted from 1, behind which tokens are aligned; none: 8, at most half of the depth"
+    )
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance")
     ema_decay: float = option(0.9999, "decay of the averaged weights")
     ema_warmup: bool = option(True, "decay min(ema_decay, (1 + step) / (10 + step)): short runs average too")
@@ -136,6 +143,7 @@ LEAST = {
         "keep_checkpoints",
         "sample_count",
         "non_finite_limit",
+        "alignment_block",
     ),
     0: ("warmup_steps", "weight_decay", "sample_every", "profile"),
 }
@@ -290,9 +298,13 @@ def check(settings: TrainingSettings) -> None:
             f"--timestep-strata is {strata}; it must divide the {TIMESTEPS} timesteps and --global-batch-size, "
             f"{settings.global_batch_size}, or timesteps would not be drawn alike."
         )
+    if not 0 <= settings.alignment < math.inf:
+        raise InputError(f"--alignment is {settings.alignment}; it must be at least 0 and finite.")
+    if settings.alignment_block is not None and not settings.alignment:
+        raise InputError("--alignment-block is for --alignment, which is 0; give a weight such as 0.5, or leave the block out.")
     if not math.isfinite(settings.cfg_scale):
         raise InputError(f"--cfg-scale is {settings.cfg_scale}; it must be finite.")
-    for name in ("learning_rate", "gradient_clip", "skip_gradient_norm"):
+    for name in ("learning_rate", "gradient_clip", "skip_gradient_norm", "time_scale"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite.")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffusion.schedule import Timesteps
 from models import DiT
+from runtime.alignment import Alignment
 from runtime.averages import LossAverages
 from runtime.checkpoint import checkpoint_path, checkpoints, keep_last, read_header, read_tensors, save_checkpoint
 from runtime.compilation import allow_graphs, plans_of_training, prepare_blocks, training_execution
@@ -31,14 +32,19 @@ from runtime.profiling import StepProfiler
 from runtime.settings import TrainingSettings
 from runtime.training_step import Batch, TrainingStep
 
+ALIGNMENT = "alignment/"
+"""What the names of the projector's tensors in a checkpoint begin with."""
+
 
 class Data(Protocol):
     """Where batches come from: position j of step s names its sample, whoever asks."""
 
     def __len__(self) -> int: ...
 
-    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """positions (n,) int64 in the global batch, on the CPU -> latents (n, C, H, W) float32, labels (n,), on `device`"""
+    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """positions (n,) int64 in the global batch, on the CPU -> latents (n, C, H, W) float32, labels (n,), and for a training
+        that aligns targets (n, T, width), on `device`
+        """
 
 
 class Trainer:
@@ -58,10 +64,11 @@ class Trainer:
         header: Mapping[str, Any],
         grid: Callable[[nn.Module, int], Tensor] | None = None,
         probe: Callable[[DiT], Mapping[str, float]] | None = None,
+        alignment: Alignment | None = None,
         lag: int | None = None,
     ) -> None:
         """`header` goes into every checkpoint; `grid` makes the sample picture (H, W, 3) of the averaged network and step;
-        `probe` measures the averaged network beside each checkpoint, numbers by name for the log;
+        `probe` measures the averaged network beside each checkpoint, numbers by name for the log; `alignment` is trained along;
         `lag` is after how many steps the host learns whether one was finite (None: 1 on a GPU, else 0).
 
         `settings.density_groups` is a number that `check_groups` lets pass.
@@ -76,9 +83,10 @@ class Trainer:
         self.ema = ExponentialMovingAverage(self.network, settings.ema_decay, settings.ema_warmup)
         # After the average was copied, which runs as it is.
         prepare_blocks(self.network, settings.gradient_checkpointing, training_execution(settings, self.device).compile)
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.objective = objective
-        step_module = TrainingStep(self.network, objective, settings.seed)
+        self.alignment = None if alignment is None else alignment.to(self.device)
+        parameters = list(self._trained().values())
+        step_module = TrainingStep(self.network, objective, settings.seed, self.alignment)
         allow_graphs(accelerator, plans_of_training(self.network))
         self.step_module, self.optimizer = accelerator.prepare(step_module, make_optimizer(parameters, settings))
         self.last_step = settings.max_steps or math.ceil(settings.epochs * len(data) / settings.global_batch_size)
@@ -179,13 +187,13 @@ class Trainer:
         for micro in range(accumulation):
             start = self._start_of(micro)
             place = self.step * accumulation + micro
-            latents, labels = self._prefetcher.take(place) if self._prefetcher else self._read_batch(place)
+            latents, labels, *targets = self._prefetcher.take(place) if self._prefetcher else self._read_batch(place)
             sound.append(torch.isfinite(latents).all())
             interval = self._interval_at(start)
             timesteps, plan = self.network.training_plans(self.step)[interval]
             bounds = (torch.full((), b, dtype=torch.int64, device=self.device) for b in (timesteps.start, timesteps.stop))
             positions = torch.arange(start, start + self.share, device=self.device)
-            batch = Batch(latents, labels, positions, Timesteps(*bounds), plan)
+            batch = Batch(latents, labels, positions, Timesteps(*bounds), plan, *targets)
             with self.accelerator.accumulate(self.step_module):
                 loss, parts = self.step_module(batch, number)
                 self.accelerator.backward(loss)
@@ -211,8 +219,8 @@ class Trainer:
         """The first position in the global batch of this process's part of a micro-batch."""
         return (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.share
 
-    def _read_batch(self, place: int) -> tuple[Tensor, Tensor]:
-        """Latents and labels of this process's part of the run's micro-batch `place`."""
+    def _read_batch(self, place: int) -> tuple[Tensor, ...]:
+        """Latents, labels and, where the training aligns, targets of this process's part of the run's micro-batch `place`."""
         step, micro = divmod(place, self.settings.gradient_accumulation)
         start = self._start_of(micro)
         return self.data.batch_at(step, torch.arange(start, start + self.share), self.device)
@@ -305,8 +313,10 @@ class Trainer:
         """Writes the checkpoint of the current step and removes the oldest beyond those to keep."""
         tensors = {f"model/{key}": value for key, value in self.network.state_dict().items()}
         tensors |= {f"ema/{key}": value for key, value in self.ema.network.state_dict().items()}
+        if self.alignment:
+            tensors |= {f"{ALIGNMENT}{key}": value for key, value in self.alignment.state_dict().items()}
         state = self.optimizer.state_dict()["state"]
-        for place, name in enumerate(self._parameter_names()):
+        for place, name in enumerate(self._trained()):
             for moment, value in state.get(place, {}).items():
                 tensors[f"optimizer/{name}/{moment}"] = value
         scaler = self.accelerator.scaler
@@ -332,16 +342,17 @@ class Trainer:
         if header is None:
             raise InputError(f"{path} is no training checkpoint of ours; give it as --pretrained to start from its weights.")
         moments, state = read_tensors(path, "optimizer/"), self.optimizer.state_dict()
-        names = {name: place for place, name in enumerate(self._parameter_names())}
+        names = {name: place for place, name in enumerate(self._trained())}
         held = {key.rpartition("/")[0] for key in moments}
         stepped = header["step"] > header["skipped_steps"]  # before the first step that counts there may be no moments
         if held != names.keys() and (held or stepped):
             raise InputError(f"{path} lacks optimizer state; delete it, and the same command continues from the one before.")
-        for prefix, network in (("model/", self.network), ("ema/", self.ema.network)):
+        saved: dict[str, nn.Module] = {"model/": self.network, "ema/": self.ema.network}
+        for prefix, module in (saved | ({ALIGNMENT: self.alignment} if self.alignment else {})).items():
             tensors = read_tensors(path, prefix)
-            if tensors.keys() != network.state_dict().keys():
+            if tensors.keys() != module.state_dict().keys():
                 raise InputError(f"{path} lacks weights; delete it, and the same command continues from the one before.")
-            network.load_state_dict(tensors)
+            module.load_state_dict(tensors)
         state["state"] = {}
         for key, value in moments.items():
             name, _, moment = key.rpartition("/")
@@ -354,5 +365,9 @@ class Trainer:
         if path.parent == checkpoint_path(self.run_folder, self.step).parent:
             self._saved_step = self.step
 
-    def _parameter_names(self) -> list[str]:
-        return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by the names under which a checkpoint holds its moments."""
+        named = dict(self.network.named_parameters())
+        if self.alignment:
+            named |= {f"{ALIGNMENT}{name}": parameter for name, parameter in self.alignment.named_parameters()}
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,24 @@ def extract(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """The script's main, in this process."""
     monkeypatch.setattr(sys, "argv", ["extract_features.py", *arguments])
     extract_features.main()
+
+
+def extract_in_turn(
+    config: extract_features.ExtractConfig, world_size: int, before_rank: Callable[[int], None] = lambda rank: None
+) -> dict[str, str]:
+    """What `world_size` processes do, one after the other in this one. -> `digests` of the result"""
+    main = extract_features.prepare(config, world_size)
+    assert main is not None
+    pending = main.pending_blocks()
+    with main:
+        for rank in range(1, world_size):
+            before_rank(rank)
+            with extract_features.join_extraction(main.folder, main.settings) as own:
+                extract_features.extract(own, config, pending[rank::world_size], rank)
+        before_rank(0)
+        extract_features.extract(main, config, pending[::world_size], 0)
+        main.finish(config.skip_broken)
+    return digests(main.folder)
 
 
 def run(*command: str) -> subprocess.CompletedProcess:

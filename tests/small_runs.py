@@ -160,8 +160,12 @@ def forget_accelerate() -> None:
 # Data and weights ----------------------------------------------------------------------------------------------------
 
 
-def write_features(folder: Path, settings: FeatureSettings, classes: int, rows: np.ndarray) -> Path:
-    """A feature cache of `rows` (count, *settings.row_shape), whose pictures are dealt to the classes in equal runs."""
+def write_features(
+    folder: Path, settings: FeatureSettings, classes: int, rows: np.ndarray, targets: np.ndarray | None = None
+) -> Path:
+    """A feature cache of `rows` (count, *settings.row_shape), whose pictures are dealt to the classes in equal runs; with
+    alignment `targets` (count, mirrors, tokens, width) where the settings have them.
+    """
     names = [f"class{index * classes // len(rows)}/{index:04d}.png" for index in range(len(rows))]
     listing = Listing(tuple(f"class{label}" for label in range(classes)), tuple(names))
     extraction = begin_extraction(folder, settings, listing)
@@ -169,7 +173,8 @@ def write_features(folder: Path, settings: FeatureSettings, classes: int, rows: 
     extraction.open_for_writing(0)
     for block in extraction.pending_blocks():
         pictures = extraction.pictures_of(block)
-        extraction.write_block(block, rows[pictures.start : pictures.stop], {})
+        part = slice(pictures.start, pictures.stop)
+        extraction.write_block(block, rows[part], {}, None if targets is None else targets[part])
     extraction.finish(skip_broken=False)
     return folder
 

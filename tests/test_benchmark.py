@@ -69,6 +69,23 @@ def test_sampling(tmp_path: Path) -> None:
     assert "execution: cpu, bf16, blocks not compiled" in ended.out
 
 
+def test_sampling_with_path_drop(tmp_path: Path) -> None:
+    """Both kinds of guidance by one network, in the same steps. Known bad: a cheap half that costs a whole pass."""
+    words = (*TINY, "--method", "sprint", "--timed-steps", "3", "--steps", "6", "--guidance-interval", "0.2", "0.7")
+    result, ended = measured("sample", tmp_path, *words, "--no-pack-weights", "--guidance", "path-drop", "--sampler", "euler")
+    rows, best = result["rows"], "sprint, plain"
+    names = ["dense, plain", best, f"{best}, interval", f"{best}, path-drop", f"{best}, path-drop, interval"]
+    assert [*rows] == names
+    network = options.NetworkSettings(model="DiT-T/2", latent=(4, 8, 8), method="sprint").blueprints()[1]
+    full, cheap = network.macs(network.plan(0)), network.macs(network.cheap_plan(0))
+    assert rows[f"{best}, path-drop"]["gmacs"] == pytest.approx((full + cheap) / 2 / 1e9)
+    assert rows[best]["gmacs"] == pytest.approx(full / 1e9)
+    assert f"{best}, path-drop / classifier-free: time ratio" in ended.out
+    assert f"MACs ratio {(full + cheap) / 2 / full:.3f}" in ended.out
+    assert result["sampler"] == "euler"
+    assert "batch 1, euler, guidance 1.5, 3 of 6 steps timed" in ended.out
+
+
 def test_sampling_with_decoding(tmp_path: Path, tiny_vae: Path) -> None:
     words = ("--model", "DiT-T/2", "--image-size", "64", "--num-classes", "5", "--rounds", "1", "--steps", "2",
              "--no-pack-weights")  # fmt: skip
@@ -135,6 +152,36 @@ def test_training(tmp_path: Path) -> None:
     assert result["rows"]["sparsedit, plain"]["ratio"]["median"] == 1
     assert "loss curves of sparsedit, ours and plain: at most" in ended.out
     assert training.largest_difference([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
+
+
+def test_training_against_other_options_of_the_method(tmp_path: Path) -> None:
+    """Known bad: the dense network under the rival's name, or the same options on both sides."""
+    words = (*TINY, "--method", "sprint", "--options", "drop_ratio=0.75 encoder_blocks=1", "--against", "drop_ratio=0")
+    result, ended = measured("train", tmp_path, *words, "--batch-size", "2")
+    rows, rival = result["rows"], "sprint drop_ratio=0"
+    assert [*rows] == [f"{rival}, plain", "sprint, plain", f"{rival}, ours", "sprint, ours"]
+    given = options.NetworkSettings(model="DiT-T/2", latent=(4, 8, 8), method="sprint", options="encoder_blocks=1")
+    network = given.blueprints()[1]
+    for kind in ("plain", "ours"):
+        assert rows[f"{rival}, {kind}"]["gmacs"] == pytest.approx(3 * network.macs(network.plan(0)) / 1e9)
+        ((_, plan),) = network.training_plans()
+        assert rows[f"sprint, {kind}"]["gmacs"] == pytest.approx(3 * network.macs(plan) / 1e9)
+    ratio = network.macs(plan) / network.macs(network.plan(0))
+    assert f"ours: sprint / {rival}: time ratio" in ended.out
+    assert ended.out.count(f"MACs ratio {ratio:.3f}") == 2
+    assert result["losses"][f"{rival}, ours"] == pytest.approx(result["losses"][f"{rival}, plain"], rel=1e-4)
+    assert result["losses"][f"{rival}, ours"] != result["losses"]["sprint, ours"]
+
+
+@pytest.mark.parametrize("method", ["dense", "sparsedit"])
+def test_networks_compete_under_either_objective(method: str, tmp_path: Path) -> None:
+    for objective, sigma in (("ddpm", True), ("flow", False)):
+        settings = options.NetworkSettings(model="DiT-T/2", latent=(4, 8, 8), method=method, objective=objective)
+        assert {one.backbone.learn_sigma for one in settings.blueprints()} == {sigma}
+        assert {one.backbone.objective for one in settings.blueprints()} == {objective}
+    result, _ = measured("train", tmp_path, *TINY, "--method", method, "--objective", "flow", "--batch-size", "2")
+    assert result["largest_difference"] < 1e-4
+    assert result["settings"]["objective"] == "flow"
 
 
 def test_no_gradients_stand_between_the_rounds_of_the_plain_loop() -> None:
@@ -264,6 +311,11 @@ def test_quick_density(monkeypatch: pytest.MonkeyPatch) -> None:
         (("sample", "--image-size", "100"), "--image-size is 100; it must be a multiple of 8."),
         (("sample", "--device", "cuda"), "--device cuda: torch finds no such device"),
         (("sample", "--json", "x"), "unknown argument '--json'"),
+        (("sample", "--guidance", "path-drop"), "--guidance path-drop needs a network with a cheap path"),
+        (("sample", "--sampler", "euler"), "--sampler euler is not for networks trained under ddpm; choose from ddpm, ddim."),
+        (("sample", "--model", "SiT-S/2", "--sampler", "ddim"), "--sampler ddim is not for networks trained under flow"),
+        (("train", "--method", "sprint", "--against", "drop_ratio"), "--against 'drop_ratio' is not KEY=VALUE"),
+        (("train", "--method", "sprint", "--against", "drop_rati=0"), "--against of --method sprint: unknown key 'drop_rati'"),
         (("forward", "--timestep", "1000"), "--timestep is 1000; give one of 0 to 999."),
         (("forward", "--output", "/proc/none"), "--output: /proc/none cannot be written"),
         (("attention", "--precision", "tf32"), "choose from fp32, bf16, fp16"),

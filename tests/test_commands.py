@@ -19,6 +19,7 @@ from PIL import Image
 from small_runs import ROOT, Result, call, header_at, metrics, random_network, run, succeed
 
 from models import Backbone
+from models.weights import without_variance
 from runtime.checkpoint import checkpoints
 from runtime.seeding import Keys, integers
 from runtime.settings import TrainingSettings
@@ -241,6 +242,11 @@ def without_a_key(path: Path, target: Path) -> Path:
     return target
 
 
+def without_sigma(path: Path, target: Path) -> Path:
+    torch.save(without_variance(torch.load(path, weights_only=True)), target)
+    return target
+
+
 class Harmful:
     """What a pickle could run."""
 
@@ -265,7 +271,11 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[Path, Path], Path], list[str], list[str
     "pickled code": (lambda p, f: pickled_object(f / "harm.pt"), [], ["harm.pt", "could run code"]),
     "one tensor": (lambda p, f: one_tensor(f / "one.pt"), [], ["one.pt"]),
     "empty folder": (lambda p, f: f, [], ["diffusion_pytorch_model.safetensors"]),
-    "without learned sigma": (lambda p, f: p, ["--no-learn-sigma"], ["64x64.pt", "final_layer.linear.weight"]),
+    "without a variance to learn from": (
+        lambda p, f: without_sigma(p, f / "flow.pt"),
+        [],
+        ["flow.pt: the weights predict no variance", "--objective flow; give that objective, or for ddpm --no-learn-sigma."],
+    ),
 }
 
 

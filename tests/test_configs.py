@@ -8,11 +8,13 @@ import pytest
 import yaml
 
 from diffusion.gaussian import EpsilonObjective
-from diffusion.schedule import NoiseSchedule
+from diffusion.samplers import SAMPLERS
 from models import Backbone, DiT
 from runtime.config import InputError, load_yaml
 from runtime.density_report import PUBLISHED, published_row
-from runtime.networks import blueprint
+from runtime.networks import method_name
+from runtime.objectives import make_objective
+from runtime.resuming import network_of
 from runtime.settings import TrainingSettings, parse_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +50,18 @@ DENSITIES = {
 """Of the paper's rows with varying density: the sides of the grids from clean to noise, and our mean GMACs."""
 
 
+FLOW = {
+    "sprint-xl-2-256": (677_476_816, 119.3, 256, 1e-4, 2_000_000, 0.75),
+    "sprint-xl-2-256-full": (677_476_816, 119.3, 1024, 2e-4, 200_000, 0.0),
+    "sprint-xl-2-512": (677_476_816, 527.2, 256, 1e-4, 2_000_000, 0.75),
+    "sprint-xl-2-512-full": (677_476_816, 527.2, 1024, 1.5e-4, 200_000, 0.0),
+    "sprint-b-2-256": (131_486_224, 23.3, 256, 1e-4, 400_000, 0.75),
+    "sit-xl-2-256": (675_129_632 - 18_448, 118.6, 256, 1e-4, 7_000_000, None),
+    "sparsedit-xl-2-256-flow": (683_099_168 - 18_448, 67.28, 256, 1e-4, 400_000, None),
+}
+"""Trainings under flow: parameters, GMACs of a full pass, batch, rate, steps, drop ratio. DiT's variance outputs are gone."""
+
+
 def network(path: Path) -> tuple[TrainingSettings, DiT]:
     """A file's settings and the blueprint of its network. Small pictures are their own latents, others those of an SD VAE."""
     settings, options = parse_training(["--config", str(path)])
@@ -60,30 +74,32 @@ def network(path: Path) -> tuple[TrainingSettings, DiT]:
         num_classes=settings.num_classes or 1000,
         learn_sigma=settings.learn_sigma,
         label_drop=settings.label_drop,
+        objective=str(settings.objective),
     )
-    return settings, blueprint(settings.method, backbone, options)
+    return settings, network_of(settings, backbone, options, None)
 
 
 def test_the_published_runs_and_the_demo_are_here() -> None:
     told = {(settings.model, settings.method, settings.image_size) for settings, _ in map(network, CONFIGS)}
     assert {("DiT-XL/2", "sparsedit", 256), ("DiT-XL/2", "sparsedit", 512)} <= told
-    assert {method for _, method, size in told if size < 64} == {"dense", "dydit", "sparsedit"}
+    assert {method for _, method, size in told if size < 64} == {"dense", "dydit", "sparsedit", "sprint"}
 
 
 @every_config
 def test_config_builds(path: Path) -> None:
     settings, plan = network(path)
     assert all(parameter.is_meta for parameter in plan.parameters())
-    EpsilonObjective(NoiseSchedule.linear(), settings.min_snr_gamma, settings.learn_sigma)
-    NoiseSchedule.linear().respaced(settings.sample_steps)
+    objective = make_objective(settings)
+    assert isinstance(objective, EpsilonObjective) is (settings.objective == "ddpm") is plan.backbone.learn_sigma
+    assert SAMPLERS[{"ddpm": "ddpm", "flow": "euler"}[str(settings.objective)]].timesteps(settings.sample_steps)
     assert settings.max_steps or "max_steps" not in load_yaml(path)
 
 
 @every_config
 def test_published_configs_hold_the_published_recipe(path: Path) -> None:
     settings, plan = network(path)
-    if settings.model != "DiT-XL/2":
-        pytest.skip("a config of ours, not a published run")
+    if settings.model != "DiT-XL/2" or settings.objective != "ddpm":
+        pytest.skip("a config of ours, or one that another test knows")
     if path.stem not in (*DENSITIES, *DYNAMIC):  # no weights of these were published, or no count of them
         expected = PUBLISHED_PARAMETERS[settings.method, settings.image_size]
         assert sum(parameter.numel() for parameter in plan.parameters()) == expected
@@ -110,6 +126,36 @@ def test_trainings_of_dydit(name: str) -> None:
         assert (
             f"target {target:g} of attention and MLP, reached at step {warmup:,}: {gmacs[-5:]} of" in plan.training_lines()[0]
         )
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_trainings_under_flow(name: str) -> None:
+    settings, plan = network(ROOT / "configs" / f"{name}.yaml")
+    parameters, gmacs, batch, rate, steps, drop = FLOW[name]
+    assert sum(parameter.numel() for parameter in plan.parameters()) == parameters
+    assert plan.macs(plan.plan(0)) / 1e9 == pytest.approx(gmacs, rel=5e-4)
+    assert (settings.global_batch_size, settings.learning_rate, settings.max_steps) == (batch, rate, steps)
+    assert (settings.ema_decay, settings.ema_warmup, settings.label_drop) == (0.9999, False, 0.1)
+    assert settings.flow_times == ("uniform" if name.startswith("sit") else "logit-normal")
+    assert plan.backbone.time_scale == (1000 if settings.model.startswith("DiT") else 1)
+    if method_name(plan) == "sprint":
+        assert (plan.options.drop_ratio, settings.gradient_clip) == (drop, 1.0)
+        assert plan.options.encoder_blocks == plan.options.decoder_blocks == 2
+        assert settings.warmup_steps == (5_000 if name.endswith("full") else 0)
+
+
+def test_every_training_under_flow_is_known() -> None:
+    told = {path.stem for path in CONFIGS if network(path)[0].objective == "flow"}
+    assert {name for name in told if not name.startswith("demo-")} == {*FLOW}
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_the_second_stage_has_a_folder_of_its_own_and_the_network_of_the_first(size: int) -> None:
+    first, second = (network(ROOT / "configs" / f"sprint-xl-2-{size}{end}.yaml") for end in ("", "-full"))
+    assert first[1].backbone == second[1].backbone
+    assert second[0].run_name not in (None, f"SiT-XL-2-sprint-{size}", first[0].run_name)
+    said = (ROOT / "configs" / f"sprint-xl-2-{size}-full.yaml").read_text(encoding="utf-8")
+    assert f"results/SiT-XL-2-sprint-{size}/checkpoints/{first[0].max_steps}.safetensors" in said
 
 
 @pytest.mark.parametrize("name", DENSITIES)

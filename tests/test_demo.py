@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,11 @@ import demo
 from benchmarks.digits import SIDE, grey_vectors, write_digits
 from demo import ROOT, Row
 from diffusion.schedule import NoiseSchedule
-from models import METHODS, Backbone, DiT, create_model
+from models import METHODS, Backbone, DiT
 from runtime.config import InputError
+from runtime.networks import build, method_name
+from runtime.resuming import network_of
+from runtime.sampling_settings import SamplingSettings, sampling_cost
 from runtime.settings import parse_training
 
 
@@ -29,7 +34,7 @@ def rows(
     gmacs: float = 0.01003,
 ) -> list[Row]:
     return [
-        Row("dense", 0.02, 10.0, 50.0, dense, None),
+        Row("dense", 0.02, 10.0, 50.0, dense, None, sampled="ddpm 50, guidance 1.5"),
         Row("sparsedit fixed", 0.01, 10.0 * fixed_speed, 60.0, fixed, "2"),
         Row("sparsedit dynamic", gmacs, 10.0 * dynamic_speed, 61.0, dynamic, "3,2,1@0,250,583"),
     ]
@@ -38,7 +43,8 @@ def rows(
 def network(stage: str) -> DiT:
     """The network of a stage, on digits, with the weights it is initialised with."""
     settings, options = parse_training(["--config", str(ROOT / "configs" / f"demo-{stage}.yaml")])
-    return create_model(settings.method, Backbone.named(settings.model, (SIDE, SIDE), 3, 10), options)
+    known = {"learn_sigma": bool(settings.learn_sigma), "objective": str(settings.objective)}
+    return build(network_of(settings, Backbone.named(settings.model, (SIDE, SIDE), 3, 10, **known), options, None))
 
 
 def test_a_good_run_misses_nothing() -> None:
@@ -80,7 +86,7 @@ def test_fixed_and_dynamic_cost_the_same() -> None:
     """Over the sampler's steps and over all timesteps, of which training sees the mean; few steps would not tell the truth."""
     fixed, dynamic = network("sparsedit"), network("sparsedit-dynamic")
     assert len(dynamic.training_plans()) == 3
-    steps = NoiseSchedule.linear().respaced(demo.STEPS).timesteps
+    steps = NoiseSchedule.linear().respaced(demo.SAMPLING.num_sampling_steps).timesteps
     for timesteps in (steps, range(1000)):
         assert dynamic.mean_macs(timesteps) == pytest.approx(fixed.macs(), rel=0.003)
     ten = NoiseSchedule.linear().respaced("10").timesteps
@@ -96,18 +102,60 @@ def test_the_two_fine_tunings_differ_in_density_and_micro_batches_alone() -> Non
     assert {"density"} == dynamic_options.keys() - fixed_options.keys()
 
 
-def test_rows_tell_fixed_from_dynamic() -> None:
-    names = [demo.row_name(network(stage)) for stage in demo.stages("sparsedit")]
-    assert names == ["dense", "sparsedit fixed", "sparsedit dynamic"]
+def test_every_line_is_that_of_a_run_with_a_config_and_a_name_of_its_own() -> None:
+    files = {path.stem.removeprefix("demo-") for path in (ROOT / "configs").glob("demo-*.yaml")}
+    assert {name for method in demo.DEMOS for name in demo.stages(method)} == files
+    assert {*demo.STARTS, *demo.STARTS.values()} <= files
+    for method in demo.DEMOS:
+        names = [entry.sample_name for entry in demo.entries(method)]
+        assert len({*names}) == len(names) == len([name for name in names if re.fullmatch(r"[\w-]+", name)])
+        assert names[0] == "dense"
 
 
 def test_every_method_but_dense_has_a_demo() -> None:
     assert demo.stages("dydit") == ["dense", "dydit"]
     for method in set(METHODS) - {"dense"}:
-        assert {network(stage).__class__ for stage in demo.stages(method)[1:]} == {METHODS[method]}
+        assert {method_name(network(stage)) for stage in demo.stages(method)[1:]} == {method}
     for method in ("dense", "spars", "dydit-"):
-        with pytest.raises(InputError, match=r"has no demo; choose from dydit, sparsedit\."):
+        with pytest.raises(InputError, match=r"has no demo; choose from dydit, flow, sparsedit, sprint\."):
             demo.stages(method)
+
+
+def test_every_run_comes_after_the_one_that_it_starts_from() -> None:
+    assert demo.stages("sprint") == ["dense", "sprint", "sprint-full"]
+    for method in demo.DEMOS:
+        names = demo.stages(method)
+        assert all(names.index(demo.STARTS[name]) < names.index(name) for name in names if name in demo.STARTS)
+
+
+def test_a_run_is_named_even_where_no_line_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(demo.DEMOS, "last", (demo.Entry("last", "sprint-full"),))
+    assert demo.stages("last") == ["dense", "sprint", "sprint-full"]
+
+
+def test_networks_fit_those_that_they_start_from() -> None:
+    """What stage 2 of SPRINT learns from is stage 1's network: the same weights, other drops. Known bad: another split."""
+    first, second = network("sprint"), network("sprint-full")
+    assert first.backbone == second.backbone
+    names = {name for name, value in vars(first.options).items() if value != getattr(second.options, name)}
+    assert names == {"drop_ratio"}
+    for name, before in demo.STARTS.items():
+        assert network(name).backbone.time_scale == network(before).backbone.time_scale
+
+
+def test_every_line_is_sampled_as_its_objective_and_method_can() -> None:
+    for method in demo.DEMOS:
+        for entry in demo.entries(method):
+            made = network(entry.run)
+            sampling_cost(made, entry.sampling)
+            assert demo.sampled_as(entry.sampling.under(made.backbone.objective)).startswith(("ddpm", "ddim", "euler"))
+    assert demo.sampled_as(demo.PATH_DROP) == "euler 50, guidance 1.5 path-drop"
+
+
+def test_lines_that_are_there_to_compare_with_miss_no_mark() -> None:
+    missed = Row("dense in 5 steps", 0.02, 1.0, 900.0, 0.2, None, judged=False)
+    assert demo.failures([*rows(), missed]) == []
+    assert len(demo.failures([*rows(), replace(missed, judged=True)])) == 2
 
 
 def test_a_demo_of_no_method_ends_before_it_deletes_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,14 +187,16 @@ def test_a_row_holds_what_was_counted_while_its_speed_was_measured(tmp_path: Pat
     torch.manual_seed(0)
     made = network("dydit")
     made.imitate_training(torch.randn(8, 3, SIDE, SIDE), torch.arange(8) * 125, torch.arange(8))
-    np.savez(tmp_path / "samples.npz", arr_0=np.random.default_rng(0).integers(0, 255, (80, SIDE, SIDE, 3), dtype=np.uint8))
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "0000001.safetensors").touch()
-    checkpoint = SimpleNamespace(network=made.eval().requires_grad_(False))
+    np.savez(tmp_path / "one.npz", arr_0=np.random.default_rng(0).integers(0, 255, (80, SIDE, SIDE, 3), dtype=np.uint8))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "0000001.safetensors").touch()
+    checkpoint = SimpleNamespace(network=made.eval().requires_grad_(False), objective="ddpm")
     monkeypatch.setattr(demo, "load_checkpoint", lambda *_: checkpoint)
-    for name, value in {"TIMED": 2, "ROUNDS": 1, "STEPS": "3"}.items():
+    for name, value in {"TIMED": 2, "ROUNDS": 1}.items():
         monkeypatch.setattr(demo, name, value)
-    (row,) = demo.compare([tmp_path], [tmp_path / "samples.npz"])
+    entry = demo.Entry("one", "run", SamplingSettings(num_sampling_steps="3"))
+    (row,) = demo.compare([entry], tmp_path, tmp_path)
+    assert (row.name, row.sampled) == ("one", "ddpm 3, guidance 1.5")
     planned = made.mean_macs(NoiseSchedule.linear().respaced("3").timesteps) / 1e9
     assert row.gmacs == made.work.macs / made.work.passes / 1e9 < 0.95 * planned
     assert made.work.passes == 2 * 2 * 2 * 3  # two rounds of two pictures, guided, in three steps
@@ -161,6 +211,7 @@ def test_the_table_says_what_it_shows() -> None:
     assert "1.60x" in table
     assert "dynamic 3,2,1@0,250,583" in table
     assert "+0.30% from the fixed" in table
+    assert "  ddpm 50, guidance 1.5\n" in table
     assert "not an FID" in table
 
 

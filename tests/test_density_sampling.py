@@ -177,7 +177,7 @@ def packed(folder: Path) -> bytes:
 def test_a_varying_density_is_told_drawn_and_recorded(varying: Path, tmp_path: Path) -> None:
     said = sampled(varying, tmp_path).out
     assert f"token density {VARYING}" in said
-    assert "over the 3 sampling steps" in said
+    assert "over the 3 sampled timesteps" in said
     assert said.index("sparsedit DiT-T/2") < said.index("mean GMACs") < said.index("6 pictures of 8 x 8")
     (plot,) = tmp_path.glob("*.png")
     assert plot.name == f"{next(tmp_path.glob('*.npz')).stem}.density.png"

@@ -12,7 +12,10 @@ from small_runs import call, differing, succeed
 
 from models import METHODS
 from runtime.checkpoint import checkpoints, read_weights
+from runtime.config import InputError
+from runtime.networks import blueprint
 from runtime.sampling import load_checkpoint
+from tests.models.random_networks import tiny
 
 
 @pytest.fixture(scope="session")
@@ -22,13 +25,22 @@ def trained(features: Path, pretrained: Path, tmp_path_factory: pytest.TempPathF
 
     def train_once(method: str) -> Path:
         if method not in made:
-            succeed("train", "--model", "DiT-T/2", "--method", method, "--pretrained", pretrained, "--feature-path", features,
+            start = pretrained if starts_from_dense(method) else "none"
+            succeed("train", "--model", "DiT-T/2", "--method", method, "--pretrained", start, "--feature-path", features,
                     "--image-size", "64", "--max-steps", "3", "--global-batch-size", "4", "--lr", "1e-2",
                     "--results-dir", results)  # fmt: skip
             made[method] = checkpoints(results / f"DiT-T-2-{method}-64")[-1]
         return made[method]
 
     return train_once
+
+
+def starts_from_dense(method: str) -> bool:
+    try:
+        blueprint(method, tiny(), {}).dense_rules()
+    except InputError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("method", ["dense", "sparsedit"])

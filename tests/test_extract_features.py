@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from extraction_runs import ENVIRONMENT, digests, extract, flags, run
+from extraction_runs import ENVIRONMENT, digests, extract, extract_in_turn, flags, run
 from extraction_runs import pictures as pictures
 from extraction_runs import undisturbed as undisturbed
 
@@ -94,22 +94,6 @@ def test_moments_and_samples_of_an_autoencoder(
         assert abs(np.corrcoef(noise[0].ravel(), other.ravel())[0, 1]) < 0.05
 
 
-def extract_in_turn(config: extract_features.ExtractConfig, world_size: int, before_rank=lambda rank: None) -> dict[str, str]:
-    """What `world_size` processes do, one after the other in this one. -> `digests` of the result"""
-    main = extract_features.prepare(config, world_size)
-    assert main is not None
-    pending = main.pending_blocks()
-    with main:
-        for rank in range(1, world_size):
-            before_rank(rank)
-            with extract_features.join_extraction(main.folder, main.settings) as own:
-                extract_features.extract(own, config, pending[rank::world_size], rank)
-        before_rank(0)
-        extract_features.extract(main, config, pending[::world_size], 0)
-        main.finish(config.skip_broken)
-    return digests(main.folder)
-
-
 def test_any_number_of_processes_draws_the_same_samples(
     pictures: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +122,7 @@ from runtime.config import run_script
 write = Extraction.write_block
 if os.environ["RANK"] == "1":
     right = Extraction.pictures_of
-    def write_to_the_block_before(self, block, rows, broken):
+    def write_to_the_block_before(self, block, rows, broken, targets):
         self.pictures_of = lambda block: right(self, block - 1)
         write(self, block, rows, broken)
         del self.pictures_of

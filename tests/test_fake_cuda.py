@@ -89,6 +89,7 @@ def main(library: str) -> None:
         check_training_forward(network("dense", {}), "fp16")
         check_training_forward(network("sparsedit", several), "bf16")
         check_training_forward(network("dydit", {"complete_steps": None}), "bf16")
+        check_training_forward(network("sprint", {}), "bf16")
         check_update(network("sparsedit", {}))
 
 
@@ -158,7 +159,8 @@ def check_update(dit: Any) -> None:
     adamw, scaler = make_optimizer(trained, settings), torch.amp.GradScaler("cuda")
     # Stands in for accelerate's, which makes no fake ones.
     accelerator: Any = SimpleNamespace(scaler=scaler, unscale_gradients=lambda given: scaler.unscale_(given.optimizer))
-    wrapped, average = SimpleNamespace(optimizer=adamw, zero_grad=adamw.zero_grad), SimpleNamespace(update=lambda *_: None)
+    wrapped = SimpleNamespace(optimizer=adamw, zero_grad=adamw.zero_grad, param_groups=adamw.param_groups)
+    average = SimpleNamespace(update=lambda *_: None)
     with NoCopies():
         for number in range(2):
             scaler.scale(torch.ones(1, device=CUDA))

@@ -20,14 +20,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import train
+from diffusion import flow
 from diffusion.gaussian import EpsilonObjective
-from diffusion.schedule import NoiseSchedule
 from models import Backbone, DyDiT
 from runtime import distributed, lagged_reads, training
 from runtime.checkpoint import checkpoints
 from runtime.config import InputError
+from runtime.objectives import make_objective
 from runtime.seeding import Keys, integers, normal
-from runtime.settings import TrainingSettings
+from runtime.settings import TrainingSettings, with_objective
 from runtime.training import Trainer
 
 RUN = "DiT-T-2-sparsedit-64"
@@ -122,18 +123,32 @@ def trainer(
     run: Path, make: Any = Accelerator, lag: int = 1, method: str = "sparsedit", options: Any = VARYING, **chosen: Any
 ) -> Iterator[Trainer]:
     """A trainer on synthetic data."""
-    settings = TrainingSettings(global_batch_size=8, max_steps=20, density_groups=2, gradient_accumulation=2, **chosen)
+    settings = with_objective(
+        TrainingSettings(global_batch_size=8, max_steps=20, density_groups=2, gradient_accumulation=2, **chosen)
+    )
     with alone():
-        network = random_network(method, Backbone.named("DiT-T/2", (8, 8), num_classes=3), options)
+        backbone = Backbone.named(
+            "DiT-T/2", (8, 8), num_classes=3, learn_sigma=bool(settings.learn_sigma), objective=str(settings.objective)
+        )
+        network = random_network(method, backbone, options)
         accelerator = make(cpu=True, gradient_accumulation_steps=2)
-        objective = EpsilonObjective(NoiseSchedule.linear(), 5.0, True)
-        made = Trainer(settings, accelerator, network, objective, Synthetic(), run, {}, lag=lag)
+        made = Trainer(settings, accelerator, network, make_objective(settings), Synthetic(), run, {}, lag=lag)
         yield made
         made.close()
 
 
 STAGES: dict[str, Any] = {"method": "dydit", "options": {"complete_steps": 2}, "skip_gradient_norm": 200.0}
-CASES = [{}, {"gradient_clip": 0.1}, {"gradient_checkpointing": "selective"}, {"make": WithScaler}, STAGES]
+FLOW: dict[str, Any] = {"objective": "flow"}
+CASES = [
+    {"min_snr_gamma": 5.0},
+    {"gradient_clip": 0.1},
+    {"gradient_checkpointing": "selective"},
+    {"make": WithScaler},
+    STAGES,
+    FLOW,
+    {**FLOW, "flow_times": "uniform", "method": "sprint", "options": {}},
+    {**FLOW, "method": "sprint", "options": {"drop_pattern": "random"}, "timestep_strata": 2},
+]
 
 
 @pytest.mark.parametrize("chosen", CASES)
@@ -177,6 +192,14 @@ def verdict_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         lagged_reads.LaggedReads, "put", lambda self, step, values: (put(self, step, values), values.tolist())[0]
     )
+
+
+def test_a_read_of_the_drawn_times_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_at = flow.time_at
+    monkeypatch.setattr(flow, "time_at", lambda times, share: time_at(times, share) * (share.max() < 2).item())
+    chosen = {**FLOW, "method": "sprint", "options": {}}
+    with trainer(tmp_path, **chosen) as made, nothing_is_read(monkeypatch), pytest.raises(HostRead):
+        made.optimize()
 
 
 @pytest.mark.parametrize("bug", [finite_on_the_host, loss_on_the_host, norm_in_a_list, verdict_at_once])

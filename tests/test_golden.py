@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("golden_adm", "golden_diffusion", "golden_dydit", "golden_networks")
+pytest.register_assert_rewrite("golden_adm", "golden_diffusion", "golden_dydit", "golden_networks", "golden_sprint")
 
 from golden_adm import *  # noqa: E402, F403
 from golden_diffusion import *  # noqa: E402, F403
 from golden_dydit import *  # noqa: E402, F403
 from golden_networks import *  # noqa: E402, F403
+from golden_sprint import *  # noqa: E402, F403

@@ -14,9 +14,11 @@ from accelerate import Accelerator
 from small_runs import forget_accelerate, random_network
 from torch import Tensor
 
+from diffusion.flow import FlowObjective
 from diffusion.gaussian import EpsilonObjective
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, checkpoint_blocks
+from runtime.alignment import Alignment
 from runtime.prefetch import Prefetcher
 from runtime.seeding import Keys, integers, normal
 from runtime.settings import TrainingSettings
@@ -64,6 +66,42 @@ def losses(made: Trainer, steps: int) -> list[float]:
         made.settle()
         curve.append(made.losses.take()["loss"])
     return curve
+
+
+class Aligned(Synthetic):
+    """With targets of representation alignment."""
+
+    def batch_at(self, step: int, positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        keys = Keys(0, step, torch.arange(len(positions), device=device))
+        return *super().batch_at(step, positions, device), normal(keys, "targets", (64, 32)).half()
+
+
+@pytest.mark.parametrize("compiled", ["none", "default"])
+def test_alignment_waits_for_nothing_and_is_learned(compiled: str, tmp_path: Path) -> None:
+    forget_accelerate()
+    torch.manual_seed(0)
+    settings = TrainingSettings(
+        global_batch_size=16, max_steps=40, density_groups=1, learning_rate=1e-3, compile=compiled, alignment=0.5,
+        alignment_block=4,
+    )  # fmt: skip
+    backbone = Backbone.named("SiT-S/2", (16, 16), num_classes=10, learn_sigma=False, objective="flow")
+    network = random_network("sprint", backbone)
+    alignment = Alignment(network, 4, 0.5, 32)
+    accelerator, objective = Accelerator(mixed_precision="bf16"), FlowObjective("logit-normal", 1)
+    made = Trainer(settings, accelerator, network, objective, Aligned(), tmp_path, {}, None, None, alignment)
+    try:
+        for _ in range(4):  # allocates, compiles
+            made.optimize()
+        before = made.losses.take()["alignment"]
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(30):
+            made.optimize()
+        torch.cuda.set_sync_debug_mode("default")
+        assert made.losses.take()["alignment"] < before
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        made.close()
+        forget_accelerate()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

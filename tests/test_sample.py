@@ -25,6 +25,7 @@ from data.manifest import FeatureSettings
 from diffusion import samplers
 from runtime import sampling
 from runtime.checkpoint import checkpoints, read_weights
+from runtime.config import InputError, from_mapping
 from runtime.files import sha256
 from runtime.pictures import pack_pictures
 from runtime.sampling import draw_labels
@@ -60,7 +61,7 @@ def test_pngs_and_npz_hold_the_same_pictures(words: list[str], tmp_path: Path) -
 def test_the_record_beside_says_how(words: list[str], checkpoint: Path, tmp_path: Path) -> None:
     succeed("sample_ddp", *words, "--cfg-scale", "2.5", "--guidance-channels", "all", "--labels", "balanced", "--seed", "3")
     record = json.loads((tmp_path / "set.json").read_text())
-    assert record["guidance"] == {"scale": 2.5, "channels": "all", "interval": None}
+    assert record["guidance"] == {"kind": "classifier-free", "scale": 2.5, "channels": "all", "interval": None}
     assert record["execution"] == {
         "compile": "none",
         "attention": "auto",
@@ -366,4 +367,10 @@ def test_sample_refuses_in_one_sentence(
 def test_average_is_what_is_sampled_unless_raw_is_asked_for(literal_run: LiteralRun) -> None:
     saved = checkpoints(literal_run.run_folder)[-1]
     assert "(EMA of step 6)" in read_weights(str(saved)).origin
-    assert set(samplers.SAMPLERS) == {"ddpm", "ddim"}
+
+
+def test_every_sampler_can_be_asked_for_by_name() -> None:
+    for name in samplers.SAMPLERS:
+        assert from_mapping(sampling.SamplingSettings, {"sampler": name}, "test").sampler == name
+    with pytest.raises(InputError, match="sampler"):
+        from_mapping(sampling.SamplingSettings, {"sampler": "none of them"}, "test")

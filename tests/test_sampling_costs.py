@@ -83,7 +83,7 @@ def test_an_interval_is_said_named_and_recorded(words: list[str], tmp_path: Path
     (path,) = tmp_path.glob("*.json")
     assert path.stem.endswith("-interval-0.25-0.75")
     made = json.loads(path.read_text())
-    assert made["guidance"] == {"scale": 1.5, "channels": "3", "interval": [0.25, 0.75]}
+    assert made["guidance"] == {"kind": "classifier-free", "scale": 1.5, "channels": "3", "interval": [0.25, 0.75]}
     assert made["passes_per_picture"] == 4
 
 

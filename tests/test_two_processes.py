@@ -25,6 +25,10 @@ DYNAMIC = ["--density", "4,3,2,1@0,150,500,750"]
 DECIDING = ["--method", "dydit", "--pretrained", "none", "--complete-steps", "3", "--target-warmup", "4"]
 """Two passes a step, then one."""
 
+DROPPING = ["--method", "sprint", "--pretrained", "none", "--path-drop", "0.5"]
+"""Tokens and paths are dropped, and flow times drawn, sample by sample."""
+PATH_DROP = ["--guidance", "path-drop", "--guidance-interval", "0", "0.8"]
+
 DRIVER = '''
 """Several trainings and samplings in one pair of processes: as they are, and each with one bug."""
 import functools, os, signal, sys
@@ -39,9 +43,9 @@ from runtime.training import Trainer
 
 accelerate.Accelerator.end_training = lambda self: None  # the pair stays for the next training
 rank = int(os.environ["RANK"])
-first, second, third = (place for place, word in enumerate(sys.argv) if word == "--")
-flags, dynamic, deciding = sys.argv[1:first], sys.argv[first + 1 : second], sys.argv[second + 1 : third]
-sampling_flags = sys.argv[third + 1 :]
+ends = [0, *(place for place, word in enumerate(sys.argv) if word == "--"), len(sys.argv)]
+parts = [sys.argv[start + 1 : end] for start, end in zip(ends, ends[1:])]
+flags, dynamic, deciding, dropping, sampling_flags, dropped_flags = parts
 
 
 def training(name, *more):
@@ -51,6 +55,9 @@ def training(name, *more):
 training("accumulated", "--gradient-accumulation", "2")
 training("dynamic", *dynamic)
 training("deciding", *deciding)
+training("dropping", *dropping)
+sys.argv = ["sample_ddp.py", *dropped_flags]
+sample_ddp.main()
 
 compile_ = torch.compile
 torch.compile = lambda function, **chosen: compile_(function, dynamic=False, backend="aot_eager")
@@ -68,6 +75,7 @@ process_index = accelerate.Accelerator.process_index
 accelerate.Accelerator.process_index = property(lambda self: 0)
 training("same-positions")
 training("deciding-at-same-positions", *deciding)
+training("dropping-at-same-positions", *dropping)
 accelerate.Accelerator.process_index = process_index
 
 as_it_is = Trainer.__init__
@@ -135,9 +143,14 @@ def variants(tmp_path_factory: pytest.TempPathFactory, features: Path, pretraine
         "--",
         *DECIDING,
         "--",
+        *DROPPING,
+        "--",
         *sampling_flags(one_process, folder / "rank-keyed"),
+        "--",
+        *sampling_flags(folder / "dropping", folder / "dropped"),
+        *PATH_DROP,
     ]
-    result = run(torchrun(2, "driver.py", ROOT, *words), folder)
+    result = run(torchrun(2, "driver.py", ROOT, *words), folder, timeout=180)
     (folder / "outcome.json").write_text(json.dumps({"out": result.out, "err": result.err}))
     return folder
 
@@ -245,6 +258,21 @@ def test_what_samples_decide_in_two_processes_is_that_of_two_micro_batches(
             if "per_second" not in name and name != "memory_gib":
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
     assert {"complete/loss", "flops", "layers/tokens_kept/07"} <= set(metrics(tmp_path / "run")[0])
+
+
+def test_what_is_dropped_in_two_processes_is_what_two_micro_batches_drop(
+    variants: Path, features: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    words = [*training_flags(features, pretrained, tmp_path), *DROPPING, "--run-name", "run"]
+    succeed("train", *words, "--gradient-accumulation", "2")
+    assert_equal_up_to_rounding(variants / "dropping", tmp_path / "run")
+    assert_another_training(variants / "dropping-at-same-positions", tmp_path / "run")
+
+
+def test_sampling_under_flow_in_two_processes_gives_the_bytes_of_one(variants: Path, tmp_path: Path) -> None:
+    said = succeed("sample_ddp", *sampling_flags(variants / "dropping", tmp_path), *PATH_DROP).out
+    assert "guidance 1.5 at 4 of 5 steps: 9 network passes" in said
+    assert next(tmp_path.glob("*.npz")).read_bytes() == next((variants / "dropped").glob("*.npz")).read_bytes()
 
 
 @pytest.mark.parametrize("bug", ["dynamic-not-turned", "dynamic-by-another-rank"])

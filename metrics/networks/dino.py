@@ -1,4 +1,5 @@
-"""DINOv2 ViT-L/14, the network of the Frechet DINO distance (FDD).
+"""DINOv2's vision transformers: ViT-L/14 is the network of the Frechet DINO distance (FDD), any of them a network whose patch
+features others align with.
 
 Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision"; Stein et al. 2023, "Exposing flaws of
 generative model evaluation metrics and their unfair treatment of diffusion models". timm brings the layers, an optional
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,40 @@ from metrics.networks.numerics import backend_name, float32_products, room_for_b
 from metrics.networks.weight_files import WeightsFile, weights_file
 from runtime.config import InputError
 
-MODEL = "vit_large_patch14_dinov2.lvd142m"
-REPOSITORY = f"timm/{MODEL}"
 _HUB_FILE = "model.safetensors"
 
+
+@dataclass(frozen=True)
+class Variant:
+    """One of DINOv2's networks, without registers."""
+
+    name: str
+    model: str  # timm's name
+    width: int
+    published: str  # Meta's file
+    gigabytes: float
+
+    @property
+    def repository(self) -> str:
+        return f"timm/{self.model}"
+
+    @property
+    def remedy(self) -> str:
+        return f"give Meta's {self.published} or the {_HUB_FILE} of {self.repository}."
+
+
+LARGE = Variant("DINOv2 ViT-L/14", "vit_large_patch14_dinov2.lvd142m", 1024, "dinov2_vitl14_pretrain.pth", 1.2)
+VARIANTS = {
+    "dinov2-s": Variant("DINOv2 ViT-S/14", "vit_small_patch14_dinov2.lvd142m", 384, "dinov2_vits14_pretrain.pth", 0.1),
+    "dinov2-b": Variant("DINOv2 ViT-B/14", "vit_base_patch14_dinov2.lvd142m", 768, "dinov2_vitb14_pretrain.pth", 0.3),
+    "dinov2-l": LARGE,
+}
+
+PATCH = 14
 SIZE = 224
 """Pixels on a side of what the network sees: 16 x 16 patches of 14."""
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _POSITION_OFFSET = 0.1
-_REMEDY = f"give Meta's dinov2_vitl14_pretrain.pth or the {_HUB_FILE} of {REPOSITORY}."
 
 
 class DinoV2:
@@ -43,7 +71,7 @@ class DinoV2:
     (`stretched_positions`), because published FDD figures come from it. timm's loader would resample them otherwise.
     """
 
-    name = "DINOv2 ViT-L/14"
+    name = LARGE.name
     protocol = (
         f"Pillow's bicubic resize of 8-bit pictures to {SIZE} x {SIZE} (antialiased), ImageNet mean and deviation; "
         "37 x 37 positions stretched to 16 x 16 by 16.1 / 37, bicubic"
@@ -59,31 +87,51 @@ class DinoV2:
         self._device = device
         with room_for_weights():
             self._model: Any = model.to(device).eval().requires_grad_(False)
-        self._mean = torch.tensor(_MEAN, device=device).view(3, 1, 1)
-        self._deviation = torch.tensor(_DEVIATION, device=device).view(3, 1, 1)
 
     def activations(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """As `FeatureNetwork.activations`: class tokens (N, 1024), no spatial features."""
         small = torch.from_numpy(resized(pictures))  # (N, 224, 224, 3) uint8
         with room_for_batch(len(pictures)), torch.inference_mode(), float32_products(self._tf32):
-            pixels = small.to(self._device).permute(0, 3, 1, 2).float() / 255  # (N, 3, 224, 224)
-            tokens = self._model.forward_features((pixels - self._mean) / self._deviation)  # (N, 1 + 256, 1024)
+            tokens = self._model.forward_features(normalized(small.to(self._device)))  # (N, 1 + 256, 1024)
             return tokens[:, 0].cpu().numpy(), None
 
 
-def resized(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pictures (N, H, W, 3) -> (N, 224, 224, 3), bicubic, each side by its own factor.
+class PatchFeatures:
+    """What a network of DINOv2 says of each patch of a picture, behind its last normalization; the class token is left out."""
+
+    def __init__(self, model: nn.Module, side: int, device: torch.device) -> None:
+        """`model` as of `load_transformer`, for pictures of `side` x `side` patches."""
+        self._side, self._device = side, device
+        with room_for_weights():
+            self._model: Any = model.to(device).eval().requires_grad_(False)
+
+    def __call__(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """Pictures (N, H, W, 3), bicubically resized to 14 pixels a patch -> (N, patches, D) float32, on the CPU"""
+        small = torch.from_numpy(resized(pictures, PATCH * self._side))  # (N, 14 side, 14 side, 3) uint8
+        with room_for_batch(len(pictures)), torch.inference_mode(), float32_products(False):
+            tokens = self._model.forward_features(normalized(small.to(self._device)))  # (N, 1 + patches, D)
+            return tokens[:, 1:].cpu()
+
+
+def normalized(pictures: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 by ImageNet's mean and deviation"""
+    mean, deviation = (torch.tensor(values, device=pictures.device).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
+    return (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
+
+
+def resized(pictures: NDArray[np.uint8], size: int = SIZE) -> NDArray[np.uint8]:
+    """Pictures (N, H, W, 3) -> (N, size, size, 3), bicubic, each side by its own factor.
 
     Pillow filters before it shrinks (antialiasing) and rounds and clips to 8 bits after each of the two directions, as the
     published figures do. torch's antialiased bicubic on floats differs by up to 23 grey levels on noise.
     """
     # Pillow lets go of Python's lock while it resizes; one thread would keep a GPU waiting.
     with ThreadPoolExecutor() as pool:
-        return np.stack(list(pool.map(_resized, pictures)))
+        return np.stack(list(pool.map(partial(_resized, size=size), pictures)))
 
 
-def _resized(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.asarray(Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+def _resized(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def stretched_positions(table: Tensor, side: int) -> Tensor:
@@ -102,45 +150,56 @@ def stretched_positions(table: Tensor, side: int) -> Tensor:
 
 
 def open_dino(file: WeightsFile | None, device: torch.device) -> DinoV2:
-    """The network with the weights of `file`: Meta's `dinov2_vitl14_pretrain.pth`, or timm's .safetensors or .bin.
-
-    None fetches timm's from the Hugging Face hub. Raises InputError where timm cannot be imported or the file holds other
-    weights; every name and shape must agree, but for Meta's `mask_token`, which serves training alone.
-    """
+    """The network of FDD with the weights of `file`, or timm's from the Hugging Face hub; see `load_transformer`."""
     timm = import_timm()
     file = file or published_weights()
-    weights = _read(file.path)
-    model = timm.create_model(MODEL, pretrained=False, img_size=SIZE, num_classes=0)
-    model.load_state_dict(_fitted(weights, model.state_dict(), file.path))
-    return DinoV2(model, file.sha256, device)
+    return DinoV2(load_transformer(timm, LARGE, file.path, SIZE // PATCH), file.sha256, device)
 
 
-def published_weights(pinned_sha256: str | None = None) -> WeightsFile:
-    """timm's copy of Meta's weights, from the Hugging Face cache or else downloaded into it, hashed and checked."""
+def load_transformer(timm: Any, variant: Variant, path: Path, side: int) -> nn.Module:
+    """A network for pictures of `side` x `side` patches, with the weights of `path`: Meta's, or timm's .safetensors or .bin.
+
+    Its `forward_features` gives tokens (N, 1 + patches, D), the class token first. Raises InputError where the file holds
+    other weights; every name and shape must agree, but for Meta's `mask_token`, which serves training alone.
+    """
+    weights = _read(path, variant)
+    model = timm.create_model(variant.model, pretrained=False, img_size=PATCH * side, num_classes=0)
+    model.load_state_dict(_fitted(weights, model.state_dict(), path, variant))
+    return model
+
+
+def published_weights(pinned_sha256: str | None = None, variant: Variant = LARGE, flag: str = "--weights") -> WeightsFile:
+    """timm's copy of Meta's weights, from the Hugging Face cache or else downloaded into it, hashed and checked.
+
+    `flag` is what a user without a network can give a file with.
+    """
     import huggingface_hub
 
+    repository = variant.repository
     try:
-        path = huggingface_hub.hf_hub_download(REPOSITORY, _HUB_FILE, local_files_only=True)
+        path = huggingface_hub.hf_hub_download(repository, _HUB_FILE, local_files_only=True)
     except Exception:  # not downloaded yet
-        print(f"Downloading the weights of DINOv2 ({REPOSITORY}, 1.2 GB) from the Hugging Face hub, once.", file=sys.stderr)
+        print(
+            f"Downloading the weights of DINOv2 ({repository}, {variant.gigabytes} GB) from the Hugging Face hub, once.",
+            file=sys.stderr,
+        )
         try:
-            path = huggingface_hub.hf_hub_download(REPOSITORY, _HUB_FILE)
+            path = huggingface_hub.hf_hub_download(repository, _HUB_FILE)
         except Exception:  # the hub's client reports a missing network in many ways, some of them misleading
             raise InputError(
-                f"the weights of DINOv2 ({REPOSITORY}) are not on this machine and the Hugging Face hub cannot be reached; "
-                f"fetch its {_HUB_FILE} where there is a network, or Meta's dinov2_vitl14_pretrain.pth, and give it with "
-                "--weights FILE."
+                f"the weights of DINOv2 ({repository}) are not on this machine and the Hugging Face hub cannot be reached; "
+                f"fetch its {_HUB_FILE} where there is a network, or Meta's {variant.published}, and give it with {flag} FILE."
             ) from None
     return weights_file(path, pinned_sha256)
 
 
-def import_timm() -> Any:
-    """timm, or InputError where it is not installed or does not import."""
+def import_timm(flag: str = "--network dinov2") -> Any:
+    """timm, or InputError where it is not installed or does not import; `flag` is what asked for it."""
     try:
         import timm
     except ModuleNotFoundError as error:
         if error.name == "timm":
-            raise InputError("--network dinov2 builds the network with timm, which is not installed; run "
+            raise InputError(f"{flag} builds the network with timm, which is not installed; run "
                              "`pip install -e .[dinov2]`.") from None  # fmt: skip
         raise _unusable_timm(error) from None
     except Exception as error:  # a torchvision built for another torch fails as ImportError, RuntimeError or OSError
@@ -154,7 +213,7 @@ def _unusable_timm(error: Exception) -> InputError:
                       f"that fits torch {torch.__version__}.")  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, variant: Variant) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -162,13 +221,15 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # safetensors, torch, zipfile and pickle each have their own
-        raise InputError(f"{path} cannot be read as weights: it is damaged, or holds more than tensors; {_REMEDY}") from None
+        raise InputError(
+            f"{path} cannot be read as weights: it is damaged, or holds more than tensors; {variant.remedy}"
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path} holds no plain table of weights; {_REMEDY}")
+        raise InputError(f"{path} holds no plain table of weights; {variant.remedy}")
     return content
 
 
-def _fitted(weights: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _fitted(weights: dict[str, Tensor], expected: dict[str, Tensor], path: Path, variant: Variant) -> dict[str, Tensor]:
     """`weights` as the network with the state `expected` takes them; InputError where they are another network's."""
     fitted = {name: value for name, value in weights.items() if name != "mask_token"}
     lacking, foreign = sorted(expected.keys() - fitted.keys()), sorted(fitted.keys() - expected.keys())
@@ -180,7 +241,7 @@ def _fitted(weights: dict[str, Tensor], expected: dict[str, Tensor], path: Path)
         unlike = [name for name in expected if fitted[name].shape != expected[name].shape]
         differences = [f"its {name} is {tuple(fitted[name].shape)}, not {tuple(expected[name].shape)}" for name in unlike[:1]]
     if differences:
-        raise InputError(f"{path} is not DINOv2 ViT-L/14 without registers: {' and '.join(differences)}; {_REMEDY}")
+        raise InputError(f"{path} is not {variant.name} without registers: {' and '.join(differences)}; {variant.remedy}")
     return fitted
 
 

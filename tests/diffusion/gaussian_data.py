@@ -4,6 +4,7 @@ definitions, in float64 numpy, and share no code with `diffusion`."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,6 +69,39 @@ class GaussianData:
         return self.mean + (centered * np.sqrt(scale / (a * scale + 1 - a))) @ basis.T
 
 
+@dataclass(frozen=True)
+class FlowData(GaussianData):
+    """The same data on the linear path x_t = (1 - t) x_0 + t e, where the exact velocity is affine in x."""
+
+    def velocity(self, x: Tensor, timestep: float) -> Tensor:
+        """E[e - x_0 | x_t] of latents (N, 1, 2, 2), in their type, at the time timestep / 1000."""
+        t, points = timestep / 1000, x.flatten(1).double().numpy()  # (N, 4)
+        marginal = (1 - t) ** 2 * self.covariance + t**2 * np.eye(4)
+        gain = (t * np.eye(4) - (1 - t) * self.covariance) @ np.linalg.inv(marginal)
+        v = -self.mean + (points - (1 - t) * self.mean) @ gain.T
+        return torch.from_numpy(v).to(x.dtype).reshape(x.shape)
+
+    def reversed(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and covariance after Euler steps of the SDE with diffusion 2 t from `times[0]` on, the last without noise.
+
+        The recursion of a linear chain, with the velocity and the score -grad log p_t of Gaussians.
+        """
+        mean, covariance = np.zeros(4), np.eye(4)
+        for t, end in pairwise(times):
+            inverse = np.linalg.inv((1 - t) ** 2 * self.covariance + t**2 * np.eye(4))
+            slope = (t * np.eye(4) - (1 - t) * self.covariance) @ inverse + t * inverse  # of v - t score, affine in x
+            linear = np.eye(4) + (end - t) * slope
+            mean = linear @ mean + (end - t) * (-self.mean - slope @ ((1 - t) * self.mean))
+            added = 0.0 if end == times[-1] else 2 * t * (t - end)
+            covariance = linear @ covariance @ linear.T + added * np.eye(4)
+        return mean, covariance
+
+    def transported(self, x: Tensor) -> np.ndarray:
+        """Where the exact probability flow takes noise x (N, 1, 2, 2), at time 0. -> (N, 4) float64"""
+        scale, basis = np.linalg.eigh(self.covariance)
+        return self.mean + (x.flatten(1).double().numpy() @ basis * np.sqrt(scale)) @ basis.T
+
+
 def posterior(a: float, previous: float) -> tuple[float, float, float]:
     """q(x_{t-1} | x_t, x_0) by Bayes' rule, from alphas_cumprod of both steps: variance, weight of x_t, weight of x_0."""
     alpha = a / previous
@@ -91,6 +125,12 @@ def full() -> GaussianData:
     """Correlated, off centre, far outside [-1, 1] in places, with standard deviations from 0.02 to 2."""
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
     return GaussianData(np.array([1.5, -2.0, 0.3, 0.8]), rotation * np.array([4.0, 1.0, 0.2, 5e-4]) @ rotation.T)
+
+
+def flow_data() -> FlowData:
+    """Correlated and off centre, with standard deviations from 0.3 to 2."""
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
+    return FlowData(np.array([1.5, -2.0, 0.3, 0.8]), rotation * np.array([4.0, 1.0, 0.3, 0.09]) @ rotation.T)
 
 
 def diagonal() -> GaussianData:

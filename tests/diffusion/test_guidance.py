@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import diffusion.guidance as guidance
 from diffusion.guidance import Interval, combine, guided, label_rows
-from diffusion.samplers import SAMPLERS
-from diffusion.schedule import NoiseSchedule
+from diffusion.samplers import SAMPLERS, Denoise
 from runtime.config import InputError
 
 NULL = 10
@@ -18,9 +19,9 @@ class Recorder:
 
     def __init__(self, learned_variance: bool = True) -> None:
         self.learned_variance = learned_variance
-        self.calls: list[tuple[list[int], list[int], object]] = []
+        self.calls: list[tuple[list[float], list[int], Any]] = []
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, plan: object, index: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, plan: Any, index: Tensor | None) -> Tensor:
         assert len(t) == 1
         y = y if index is None else y[index]
         assert len(y) == len(x)
@@ -42,14 +43,14 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return Recorder()(x, t, LABELS, None, None), Recorder()(x, t, torch.full((3,), NULL), None, None)
 
 
-@pytest.mark.parametrize(("channels", "guided"), [(3, 3), (1, 1), (None, 4), (4, 4), (9, 4)])
-def test_the_chosen_channels_are_guided_and_no_others(x, channels, guided):
+@pytest.mark.parametrize(("channels", "count"), [(3, 3), (1, 1), (None, 4), (4, 4), (9, 4)])
+def test_the_chosen_channels_are_guided_and_no_others(x, channels, count):
     recorder = Recorder()
     result = guided(recorder, LABELS, NULL, 4.0, channels)(x, 700)
     c, u = halves(x)
     assert result.shape == (3, 8, 5, 5)
-    torch.testing.assert_close(result[:, :guided], (u + 4 * (c - u))[:, :guided])
-    torch.testing.assert_close(result[:, guided:], c[:, guided:], rtol=0, atol=0)
+    torch.testing.assert_close(result[:, :count], (u + 4 * (c - u))[:, :count])
+    torch.testing.assert_close(result[:, count:], c[:, count:], rtol=0, atol=0)
     assert (c - u).abs().mean() > 0.1
     assert recorder.calls == [([700], [1, 2, 3, 10, 10, 10], None)]
 
@@ -113,38 +114,72 @@ def test_unusable_channels_are_refused(channels):
 
 # The interval --------------------------------------------------------------------------------------------------------
 
-SCHEDULE = NoiseSchedule.linear().respaced("10")  # timesteps 0, 111, .. 999
+DDPM_CALLS: list[tuple[float, int]] = [
+    (999, 3), (888, 3), (777, 3), (666, 6), (555, 6), (444, 6), (333, 6), (222, 6), (111, 3), (0, 3),
+]  # fmt: skip
+"""Timestep and size of the passes of 10 steps with guidance from 0.2 to 0.7."""
+EULER_CALLS: list[tuple[float, int]] = [
+    (1000, 3), (900, 3), (800, 3), (700, 6), (600, 6), (500, 6), (400, 6), (300, 6), (200, 6), (100, 3),
+]  # fmt: skip
+CALLS: dict[str, list[tuple[float, int]]] = {
+    "ddpm": DDPM_CALLS,
+    "ddim": DDPM_CALLS,
+    "euler": EULER_CALLS,
+    "heun": [*(one for one in EULER_CALLS for _ in range(2)), (0, 3)][1:],  # the end of a step is where the next begins
+    "euler-maruyama": [
+        (1000, 3), (893 + 1 / 3, 3), (786 + 2 / 3, 3), (680, 6), (573 + 1 / 3, 6), (466 + 2 / 3, 6), (360, 6), (253 + 1 / 3, 6),
+        (146 + 2 / 3, 3), (40, 3),
+    ],
+}  # fmt: skip
+
+
+def run(name: str, denoise: Denoise, x: Tensor) -> Tensor:
+    """Latents of 10 steps of a sampler, which adds the same noise each time."""
+    return SAMPLERS[name].run(denoise, x, "10", lambda step: torch.cos((step + 1) * x))
+
+
+def network(name: str) -> Recorder:
+    return Recorder(learned_variance=SAMPLERS[name].objective == "ddpm")
 
 
 def sampled(name: str, x: Tensor, interval: Interval | None, recorder: Recorder, plans: guidance.Plans | None = None) -> Tensor:
-    """Latents of a sampler that adds the same noise each time."""
-    denoise = guided(recorder, LABELS, NULL, 4.0, plans=plans, interval=interval)
-    return SAMPLERS[name](denoise, x, SCHEDULE, step_noise=lambda step: torch.cos((step + 1) * x))
+    return run(name, guided(recorder, LABELS, NULL, 4.0, plans=plans, interval=interval), x)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_outside_the_interval_make_no_unconditional_pass(name: str, x: Tensor) -> None:
-    recorder = Recorder()
+    recorder = network(name)
     sampled(name, x, Interval(0.2, 0.7), recorder)
-    assert [(t, len(labels)) for (t,), labels, _ in recorder.calls] == [
-        (999, 3), (888, 3), (777, 3), (666, 6), (555, 6), (444, 6), (333, 6), (222, 6), (111, 3), (0, 3),
-    ]  # fmt: skip
+    timesteps, sizes = zip(*CALLS[name], strict=True)
+    assert [t for (t,), _, _ in recorder.calls] == pytest.approx(timesteps)
+    assert tuple(len(labels) for _, labels, _ in recorder.calls) == sizes
+
+
+def test_the_edges_of_the_interval_are_exact_where_the_steps_of_a_flow_meet_them() -> None:
+    """Of 10, 20, 50 steps, whose ends are the multiples of 0.1, 0.05, 0.02; half a millionth beside them is outside."""
+    for steps in ("10", "20", "50"):
+        timesteps = SAMPLERS["euler"].timesteps(steps)
+        for edge in range(1, int(steps)):
+            low = round(edge / int(steps), 2)  # as a user writes it: 0.3
+            assert sum(Interval(0, low).holds(t) for t in timesteps) == edge
+            assert sum(Interval(low, 1).holds(t) for t in timesteps) == int(steps) - edge + 1
+            assert sum(Interval(0, low - 5e-7).holds(t) for t in timesteps) == edge - 1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_outside_the_interval_a_step_is_that_of_scale_1_and_inside_the_guided_one(name: str, x: Tensor) -> None:
-    def by_hand(x: Tensor, timestep: int) -> Tensor:
+    def by_hand(x: Tensor, timestep: float) -> Tensor:
         scale = 4.0 if 200 <= timestep <= 700 else 1.0
-        return guided(Recorder(), LABELS, NULL, scale)(x, timestep)
+        return guided(network(name), LABELS, NULL, scale)(x, timestep)
 
-    expected = SAMPLERS[name](by_hand, x, SCHEDULE, step_noise=lambda step: torch.cos((step + 1) * x))
-    assert torch.equal(sampled(name, x, Interval(0.2, 0.7), Recorder()), expected)
-    assert not torch.equal(sampled(name, x, None, Recorder()), expected)
+    expected = run(name, by_hand, x)
+    assert torch.equal(sampled(name, x, Interval(0.2, 0.7), network(name)), expected)
+    assert not torch.equal(sampled(name, x, None, network(name)), expected)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_whole_interval_is_none(name: str, x: Tensor) -> None:
-    assert torch.equal(sampled(name, x, Interval(0.0, 1.0), Recorder()), sampled(name, x, None, Recorder()))
+    assert torch.equal(sampled(name, x, Interval(0.0, 1.0), network(name)), sampled(name, x, None, network(name)))
 
 
 def test_the_interval_with_different_plans(x: Tensor) -> None:
@@ -152,6 +187,81 @@ def test_the_interval_with_different_plans(x: Tensor) -> None:
     sampled("ddim", x, Interval(0.4, 0.5), recorder, lambda t: (("full", t), ("short", t)))
     assert [plan for _, _, plan in recorder.calls if plan[0] == "short"] == [("short", 444)]
     assert len(recorder.calls) == 11
+
+
+# Path-drop -----------------------------------------------------------------------------------------------------------
+
+
+class Planned:
+    """What a network says of its passes; `cheap`: whether it has a cheap path."""
+
+    def __init__(self, cheap: bool = True) -> None:
+        self.cheap = cheap
+
+    def plan(self, t: int) -> tuple[str, int]:
+        assert t in range(1000)
+        return "full", t
+
+    def guidance_plans(self, t: int) -> tuple[tuple[str, int], tuple[str, int]]:
+        return self.plan(t), self.plan(t)
+
+    def cheap_plan(self, t: int) -> tuple[str, int] | None:
+        return ("cheap", t) if self.cheap else None
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_path_drop_takes_the_cheap_path_for_the_unconditional_half_alone(name: str, x: Tensor) -> None:
+    recorder = network(name)
+    sampled(name, x, None, recorder, guidance.GUIDANCE["path-drop"](Planned()))
+    asked = SAMPLERS[name].timesteps("10")
+    assert len(recorder.calls) == 2 * len(asked)
+    for t, whole, cheap in zip(asked, recorder.calls[::2], recorder.calls[1::2], strict=True):
+        assert whole == ([pytest.approx(t)], [1, 2, 3], ("full", min(int(t), 999)))
+        assert cheap == ([pytest.approx(t)], [NULL] * 3, ("cheap", min(int(t), 999)))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_path_drop_outside_the_interval_makes_no_cheap_pass(name: str, x: Tensor) -> None:
+    recorder = network(name)
+    sampled(name, x, Interval(0.2, 0.7), recorder, guidance.GUIDANCE["path-drop"](Planned()))
+    cheap = [t for (t,), _, plan in recorder.calls if plan[0] == "cheap"]
+    assert cheap == pytest.approx([t for t, size in CALLS[name] if size == 6])
+    assert len(recorder.calls) == len(CALLS[name]) + len(cheap)
+
+
+def test_path_drop_without_guidance_makes_no_cheap_pass(x: Tensor) -> None:
+    recorder = Recorder()
+    guided(recorder, LABELS, NULL, 1.0, plans=guidance.GUIDANCE["path-drop"](Planned()))(x, 700)
+    assert recorder.calls == [([700], [1, 2, 3], ("full", 700))]
+
+
+def test_the_cheap_half_is_what_guidance_leads_away_from(x: Tensor) -> None:
+    """Known-bad variant: the halves' plans in the other order."""
+
+    def predict(x: Tensor, t: Tensor, y: Tensor, plan: tuple[str, int], index: Tensor | None) -> Tensor:
+        return torch.full_like(x, 5.0 if plan[0] == "full" else 2.0)
+
+    plans = guidance.GUIDANCE["path-drop"](Planned())
+    assert guided(predict, LABELS, NULL, 3.0, None, plans)(x, 700).unique().tolist() == [2 + 3 * (5 - 2)]
+    assert guided(predict, LABELS, NULL, 3.0, None, lambda t: plans(t)[::-1])(x, 700).unique().tolist() == [5 + 3 * (2 - 5)]
+
+
+def test_path_drop_needs_a_cheap_path() -> None:
+    assert guidance.GUIDANCE["classifier-free"](Planned(cheap=False))(3) == (("full", 3), ("full", 3))
+    with pytest.raises(InputError, match=r"--guidance path-drop needs a network with a cheap path.*; leave the flag out\."):
+        guidance.GUIDANCE["path-drop"](Planned(cheap=False))
+
+
+@pytest.mark.parametrize("t", [1000.0, 680.0, 40.0, 0.5])
+def test_guided_velocities_are_guided_drifts(t: float, x: Tensor) -> None:
+    """The published SDE mixes the halves' drifts; the drift v - t score is affine in v, and guidance an affine combination."""
+    c, u = (half[:, :4].double() for half in halves(x))
+    time, x = t / 1000, x.double()
+
+    def drift(v: Tensor) -> Tensor:
+        return v - time * (-(1 - time) * v - x) / (time**2 + (1 - time) * time)
+
+    torch.testing.assert_close(drift(u + 3 * (c - u)), drift(u) + 3 * (drift(c) - drift(u)))
 
 
 def test_both_ends_of_the_interval_are_inside() -> None:

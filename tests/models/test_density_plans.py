@@ -16,7 +16,7 @@ from models.token_density import Grid, TokenDensity
 from models.weights import export, load, plan_loading
 from runtime.networks import blueprint
 from runtime.seeding import Keys, integers, normal
-from tests.models.random_networks import SIZES, Inputs, counted_macs, distance, inputs, network, tiny
+from tests.models.random_networks import SIZES, Inputs, counted_macs, distance, fitting, inputs, network, tiny
 from tests.models.random_networks import one_thread as one_thread
 
 DYNAMIC = "8,5,3x6,2@0,250,500,750"
@@ -40,7 +40,7 @@ def batch_at(model: DiT, t: Sequence[int]) -> Inputs:
 @pytest.mark.parametrize("size", SIZES)
 def test_training_plans_cover_every_timestep_once(method: str, size: str) -> None:
     """And are those of sampling where there is a density; a method may as well train in another way than it samples."""
-    model = blueprint(method, SIZES[size], {})
+    model = blueprint(method, SIZES[size], fitting(method, SIZES[size]))
     plans = [(t, plan) for timesteps, plan in model.training_plans() for t in timesteps]
     assert [t for t, _ in plans] == [*range(1000)]
     if model.density is not None:
@@ -54,7 +54,7 @@ def varying_wrongly(models: Iterable[DiT]) -> list[DiT]:
 
 def test_a_network_says_whether_its_plans_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known-bad: intervals counted in place of grids."""
-    defaults = [blueprint(method, backbone, {}) for method in METHODS for backbone in SIZES.values()]
+    defaults = [blueprint(method, backbone, fitting(method, backbone)) for method in METHODS for backbone in SIZES.values()]
     alike, *chosen = (blueprint("sparsedit", tiny(), {"density": text}) for text in ("5,5@0,500", "4", DYNAMIC, "0.3:0.9/4"))
     assert varying_wrongly([*defaults, alike, *chosen]) == []
     monkeypatch.setattr(SparseDiT, "plan_varies", property(lambda self: len(self.density.intervals) > 1))

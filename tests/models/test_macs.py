@@ -11,7 +11,7 @@ from models import METHODS, Backbone, Plan
 from models.backbone import BACKBONES
 from models.layers import Attention
 from runtime.networks import blueprint
-from tests.models.random_networks import SIZES, counted_macs, tiny
+from tests.models.random_networks import SIZES, counted_macs, fitting, tiny
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -26,7 +26,7 @@ def test_macs_are_exact_for_every_named_backbone(method: str, name: str) -> None
 @every_method
 @pytest.mark.parametrize("size", ["rectangular", "odd grid", "in numbers", "patch 4", "no sigma"])
 def test_macs_are_exact_on_every_kind_of_latent(method: str, size: str) -> None:
-    model = blueprint(method, SIZES[size], {})
+    model = blueprint(method, SIZES[size], fitting(method, SIZES[size]))
     assert model.macs() == counted_macs(model)
 
 

@@ -146,3 +146,20 @@ def test_sampling_through_graphs_is_sampling(sampler: str, graphs: int, monkeypa
     assert torch.equal(sample_latents(*arguments, predict=executor), expected)
     assert len(recorder.recorded) == graphs
     assert len(recorder.replays) == 8
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler-maruyama"])
+def test_path_drop_guidance_records_a_graph_for_each_of_its_plans(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance at three of eight steps, each by a whole and a cheap call."""
+    model = network("sprint", tiny(learn_sigma=False, objective="flow", time_scale=1.0))
+    recorder, index = Recorder(), torch.arange(3)
+    monkeypatch.setattr(execution, "CudaCapture", lambda: recorder)
+    settings = SamplingSettings(
+        4.0, guidance="path-drop", guidance_interval=(0.3, 0.7), num_sampling_steps="8", sampler=sampler
+    ).under("flow")
+    arguments = model, settings, index, index, 0, torch.device("cpu")
+    expected = sample_latents(*arguments)
+    executor = Executor(model, Execution(torch.device("cpu"), cuda_graphs=True))
+    assert torch.equal(sample_latents(*arguments, predict=executor), expected)
+    assert len(recorder.recorded) == 2  # the whole pass is the one of unguided steps too
+    assert sorted(recorder.replays.count(graph) for graph in range(2)) == [3, 8]

@@ -13,6 +13,7 @@ import torch
 from small_runs import random_network
 from torch import Tensor
 
+from diffusion.flow import FlowObjective, share_below
 from diffusion.gaussian import EpsilonObjective, Timesteps
 from diffusion.schedule import NoiseSchedule
 from models import Backbone, DiT
@@ -118,6 +119,59 @@ def timesteps_of_training(density: TokenDensity, processes: int, accumulation: i
 def chi_square(timesteps: Tensor) -> float:
     """The probability of timesteps that are so unevenly spread over 50 bins, or more so, were they uniform."""
     return float(scipy.stats.chisquare(np.bincount(timesteps.numpy() // 20, minlength=50)).pvalue)
+
+
+LOGIT_NORMAL = FlowObjective("logit-normal")
+
+
+def flow_times(
+    density: TokenDensity, groups: int, count: int, timestep_at: Callable[[float], int], turn: bool = True
+) -> Tensor:
+    """The flow times of `count` samples, one of each group of a step. -> (count,)
+
+    `turn` False: groups are turned in timesteps instead of in shares of the draws.
+    """
+    found = []
+    for step in range(count // groups):
+        for group in range(groups):
+            timestep = group_timestep(3, step, group if turn else 0, groups, timestep_at)
+            timestep = timestep if turn else turned(timestep, group, groups)
+            timesteps = density.intervals[interval_of(density.intervals, timestep)]
+            keys = Keys(3, step, torch.tensor([group]))
+            found.append(LOGIT_NORMAL.noised(torch.zeros(1, 1, 1, 1), keys, timesteps).t / TIMESTEPS)
+    return torch.cat(found)
+
+
+def logit_normal(times: Tensor) -> float:
+    """The probability of times that lie so far or farther from the sigmoids of standard normal numbers."""
+    return float(scipy.stats.kstest(torch.logit(times.double()).numpy(), "norm").pvalue)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_times_of_a_flow_keep_their_law_whatever_the_groups(groups: int) -> None:
+    found = flow_times(DENSITIES["uneven"], groups, 600, LOGIT_NORMAL.timestep_at)
+    assert logit_normal(found) > 1e-3
+    for group in range(groups):  # each by itself too: its losses stand for the same expectation
+        assert logit_normal(found[group::groups]) > 1e-3
+
+
+def test_groups_that_are_turned_in_time_would_be_noticed() -> None:
+    found = flow_times(DENSITIES["uneven"], 8, 600, LOGIT_NORMAL.timestep_at, turn=False)
+    assert logit_normal(found) < 1e-4
+
+
+def test_groups_that_draw_intervals_by_their_length_would_be_noticed() -> None:
+    """Planted bug: the share of uniform timesteps."""
+    assert logit_normal(flow_times(DENSITIES["uneven"], 8, 600, lambda share: int(share * TIMESTEPS))) < 1e-4
+
+
+def test_every_group_meets_an_interval_as_often_as_the_law_says() -> None:
+    """Over an even grid of shares, which is exact up to the grid."""
+    intervals = DENSITIES["uneven"].intervals
+    met = [interval_of(intervals, LOGIT_NORMAL.timestep_at((place + 0.5) / 2000)) for place in range(2000)]
+    edges = torch.tensor([timesteps.start for timesteps in intervals] + [TIMESTEPS], dtype=torch.float64) / TIMESTEPS
+    expected = share_below("logit-normal", edges).diff()
+    np.testing.assert_allclose(np.bincount(met, minlength=4) / len(met), expected, atol=2 / len(met))
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (8, 1), (2, 4)])

@@ -25,11 +25,16 @@ def xl(density: str, size: int = 256, model: str = "DiT-XL/2", **options: Any) -
     return blueprint("sparsedit", Backbone.named(model, (size // 8,) * 2), {"density": density, **options})
 
 
+def steps(text: str) -> list[int]:
+    """The timesteps of a sampling under ddpm."""
+    return list(NoiseSchedule.linear().respaced(text).timesteps)
+
+
 # Printed -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_says_every_interval_and_the_paper() -> None:
-    lines = density_lines(xl("0.61:0.86/4"), "DiT-XL/2", "250")
+    lines = density_lines(xl("0.61:0.86/4"), "DiT-XL/2", steps("250"))
     assert lines[0] == "token density 10,9,8,6@0,250,500,750"
     assert [line.split() for line in lines[2:6]] == [
         ["0-249", "10x10", "100", "0.61", "75.48"],
@@ -38,7 +43,7 @@ def test_the_table_says_every_interval_and_the_paper() -> None:
         ["750-999", "6x6", "36", "0.86", "58.29"],
     ]
     assert "67.47 over all 1,000 timesteps" in lines[6]
-    assert "over the 250 sampling steps (56.9% of the dense backbone's 118.62)" in lines[6]
+    assert "over the 250 sampled timesteps (56.9% of the dense backbone's 118.62)" in lines[6]
     assert "the paper prints 68.05 for r 0.61:0.86 (arXiv 2412.06028, table 1), 118.64 for dense" in lines[7]
     assert len(lines) == 8
 
@@ -52,14 +57,14 @@ def test_the_mean_is_over_the_timesteps_of_the_steps(bug: bool, monkeypatch: pyt
     if bug:
         monkeypatch.setattr(density_report, "mean_gmacs", lambda network, steps=range(1000): network.mean_macs(
             range(len(steps))) / 1e9)  # fmt: skip
-    said = "\n".join(density_lines(network, "DiT-XL/2", "10,15,20"))
-    assert (f"{by_hand:.2f} over the 45 sampling steps" in said) is not bug
+    said = "\n".join(density_lines(network, "DiT-XL/2", steps("10,15,20")))
+    assert (f"{by_hand:.2f} over the 45 sampled timesteps" in said) is not bug
 
 
 def test_one_grid_is_one_line_and_none_is_none() -> None:
-    (line,) = density_lines(xl("8x6"), "DiT-XL/2", "250")
+    (line,) = density_lines(xl("8x6"), "DiT-XL/2", steps("250"))
     assert line == "token density 8x6: 8x6 = 48 of 256 tokens, r 0.81, at every timestep"
-    assert density_lines(blueprint("dense", Backbone.named("DiT-XL/2", (32, 32)), {}), "DiT-XL/2", "250") == []
+    assert density_lines(blueprint("dense", Backbone.named("DiT-XL/2", (32, 32)), {}), "DiT-XL/2", steps("250")) == []
 
 
 class Alternating(DiT):
@@ -74,11 +79,11 @@ class Alternating(DiT):
 
 def test_any_method_whose_steps_differ_is_told(tmp_path: Path) -> None:
     network = Alternating(Backbone.named("DiT-T/2", (8, 8)))
-    (line,) = density_lines(network, "DiT-T/2", "ddim500")  # every other timestep, from 0
+    (line,) = density_lines(network, "DiT-T/2", steps("ddim500"))  # every other timestep, from 0
     means = [float(line.split(": ")[1].split()[0]), float(line.split("timesteps, ")[1].split()[0])]
     assert means[0] < 0.8 * means[1]
     assert "(100.0% of the dense backbone's" in line
-    draw_density(network, tmp_path / "plot.png", "250")
+    draw_density(network, tmp_path / "plot.png", steps("250"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,16 +122,16 @@ def test_the_summary_gives_the_mean_where_plans_differ() -> None:
 def test_the_plot_is_a_picture_of_the_same_bytes_every_time(tmp_path: Path) -> None:
     network = xl("0.61:0.86/4")
     for name in ("first.png", "second.png"):
-        draw_density(network, tmp_path / name, "250")
+        draw_density(network, tmp_path / name, steps("250"))
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
-    draw_density(network, tmp_path / "other.png", "50")
+    draw_density(network, tmp_path / "other.png", steps("50"))
     assert (tmp_path / "other.png").read_bytes() != (tmp_path / "first.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.png", "other.png", "second.png"]
     with Image.open(tmp_path / "first.png") as picture:
         assert picture.size == (960, 540)
         assert set(picture.info) <= {"dpi"}  # no date, no version
         assert np.asarray(picture.convert("L")).std() > 10
-    draw_density(blueprint("dense", Backbone.named("DiT-XL/2", (32, 32)), {}), tmp_path / "dense.png", "250")
+    draw_density(blueprint("dense", Backbone.named("DiT-XL/2", (32, 32)), {}), tmp_path / "dense.png", steps("250"))
     assert not (tmp_path / "dense.png").exists()
 
 
@@ -137,16 +142,16 @@ def test_a_picture_that_cannot_be_drawn_beside_other_work_is_a_warning(
     if hindrance == "no matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(InputError, match=r"plot\.png needs matplotlib, which cannot be imported"):
-            draw_density(xl("8", 256), tmp_path / "plot.png", "10")
+            draw_density(xl("8", 256), tmp_path / "plot.png", steps("10"))
     else:
         (tmp_path / "plot.png").mkdir()
-    record_density(xl("8", 256), tmp_path / "plot.png", "10")
+    record_density(xl("8", 256), tmp_path / "plot.png", steps("10"))
     assert capsys.readouterr().out.startswith("WARNING: the token density is not drawn: ")
 
 
 def test_the_plot_shows_tokens_costs_mean_and_dense(tmp_path: Path, figures: list[Any]) -> None:
     network = xl("0.61:0.86/4")
-    draw_density(network, tmp_path / "plot.png", "10,15,20")
+    draw_density(network, tmp_path / "plot.png", steps("10,15,20"))
     left, right = figures[0].axes
     stairs: Any
     (filled, tokens), (costs,) = left.patches, right.patches
@@ -168,9 +173,9 @@ from models import Backbone
 from runtime.density_report import density_lines, draw_density
 from runtime.networks import blueprint
 network = blueprint("sparsedit", Backbone.named("DiT-T/2", (8, 8)), {"density": "3,1@0,500"})
-density_lines(network, "DiT-T/2", "250")
+density_lines(network, "DiT-T/2", range(0, 1000, 4))
 assert "matplotlib" not in sys.modules
-draw_density(network, pathlib.Path(sys.argv[1]), "250")
+draw_density(network, pathlib.Path(sys.argv[1]), range(0, 1000, 4))
 assert "matplotlib.pyplot" not in sys.modules
 """
 

@@ -149,6 +149,18 @@ def test_the_compiler_keeps_the_numbers() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def test_sprint_has_one_graph_for_each_number_of_tokens(graphs: Graphs) -> None:
+    """Eight blocks alike; the two plans of path-drop guidance run the same graph, and drop a second one in training."""
+    model = network("sprint", tiny("DiT-16x4x2/2"), {"encoder_blocks": 1, "decoder_blocks": 1})
+    executor = Executor(copy.deepcopy(model), Execution(CPU, compile="default"))
+    with torch.no_grad():
+        for plan in (model.plan(0), model.cheap_plan(0), model.plan(999)):
+            x, t, y, _, index = step(model)
+            assert plan is not None
+            assert distance(executor(x, t, y, plan, index), by_sample(model, (x, t, y, plan, index))) < EXACT
+    assert (graphs.made, graphs.ran) == (1, 4 + 2 + 4)
+
+
 # Precision -----------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +190,8 @@ def test_weights_are_stored_as_they_are_multiplied(method: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             assert module.weight.dtype == (torch.float32 if isinstance(module, Float32Linear) else torch.bfloat16)
-    assert model.x_embedder.proj.weight.dtype == model.pos_embed.dtype == torch.float32
+    frozen = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    assert {parameter.dtype for parameter in (model.x_embedder.proj.weight, *frozen)} == {torch.float32}
 
 
 @every_method

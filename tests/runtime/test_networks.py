@@ -95,7 +95,9 @@ def test_the_summary_says_what_is_built(method: str, words: list[str]) -> None:
 
 @every_method
 def test_weights_without_header_tell_the_sizes(method: str) -> None:
-    original = network(method, tiny(in_channels=3, num_classes=2, learn_sigma=False))
+    kind = METHODS[method]
+    published: dict[str, Any] = {"objective": kind.released_objective, "time_scale": kind.released_time_scale}
+    original = network(method, tiny(in_channels=3, num_classes=2, learn_sigma=False, **published))
     plan = recognized(Weights(original.state_dict(), "file"), "DiT-T/2", (16, 16))
     assert (plan.backbone, plan.options) == (original.backbone, original.options)
     assert build_with(plan, Weights(original.state_dict(), "file"))[1].new == ()

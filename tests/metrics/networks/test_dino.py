@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from metrics.networks.dino import MODEL, SIZE, open_dino, published_weights, resized, stretched_positions
+from metrics.networks.dino import LARGE, SIZE, open_dino, published_weights, resized, stretched_positions
 from metrics.networks.weight_files import WeightsFile, weights_file
 from runtime.config import InputError
 
@@ -47,7 +47,7 @@ class SmallTransformer(nn.Module):
 @pytest.fixture(autouse=True)
 def timm(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_model(name: str, *, pretrained: bool, img_size: int, num_classes: int) -> nn.Module:
-        assert (name, pretrained, img_size, num_classes) == (MODEL, False, SIZE, 0)
+        assert (name, pretrained, img_size, num_classes) == (LARGE.model, False, SIZE, 0)
         return SmallTransformer(img_size)
 
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
