@@ -249,7 +249,8 @@ class DiT(nn.Module):
 
     def _forward_by_plan(self, x: Tensor, t: Tensor, y: Tensor, draws: Draws | None) -> Tensor:
         """x (N, C, H, W), t (N,), y (N,) -> (N, out_channels, H, W), every sample under the plan of its timestep."""
-        plans = [self.plan(min(int(step), TIMESTEPS - 1)) for step in t.tolist()]
+        # A flow's time 1, pure noise, is timestep 1000, and has the plan of the last one.
+        plans = [self.plan(int(step) - (step == TIMESTEPS)) for step in t.tolist()]
         parts, order = [], []
         for plan in dict.fromkeys(plans):
             chosen = torch.tensor([place for place, other in enumerate(plans) if other == plan], device=x.device)

@@ -248,11 +248,12 @@ class SPRINT(DiT):
     def recognize(cls, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Mapping[str, Any]] | None:
         if "renoise_linear.weight" not in shapes:
             return None
+        # What training dropped is not told, and sampling drops nothing.
         if not any(key.startswith("encoder_blocks.") for key in shapes):
-            return "SPRINT", {}
+            return "SPRINT", {"drop_ratio": 0.0}
         ends = ("encoder_blocks", "decoder_blocks")
         counts = {name: len({key.split(".")[1] for key in shapes if key.startswith(f"{name}.")}) for name in ends}
-        return cls.released_layout, counts
+        return cls.released_layout, {**counts, "drop_ratio": 0.0}
 
     def layout_names(self, layout: str) -> dict[str, str]:
         if layout != self.released_layout:

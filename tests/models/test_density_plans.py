@@ -181,8 +181,15 @@ def test_training_forward_takes_the_plan_it_is_given() -> None:
 
 def test_a_timestep_outside_the_schedule_is_no_plan() -> None:
     model = network("sparsedit", tiny(), {"density": DYNAMIC})
-    with pytest.raises(ValueError, match="timestep 1000 is not one of"):
-        model(*batch_at(model, [3, 1000]))
+    with pytest.raises(ValueError, match="timestep 1001 is not one of"):
+        model(*batch_at(model, [3, 1001]))
+
+
+def test_pure_noise_of_a_flow_has_the_last_timestep_s_plan() -> None:
+    model = network("sparsedit", tiny(), {"density": DYNAMIC})
+    x, t, y = batch_at(model, [999, 1000])
+    assert torch.equal(model(x[1:], t[1:], y[1:]), model(x[1:], t[1:], y[1:], model.plan(999)))
+    assert not torch.equal(model(x[1:], t[1:], y[1:]), model(x[1:], t[1:], y[1:], model.plan(0)))
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
