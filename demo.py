@@ -46,7 +46,7 @@ from runtime.sampling import (
 from runtime.work_report import measured_ratio
 
 COUNT, BATCH = 600, 200
-TIMED, ROUNDS = 100, 3
+TIMED, ROUNDS = 100, 5
 ENLARGED, GAP = 5, 24
 LEAST_AGREEMENT, MOST_LOST, LEAST_SPEEDUP = 0.85, 0.05, 1.3
 EQUAL_COMPUTE, OFF_TARGET = 0.01, 0.02

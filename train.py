@@ -44,13 +44,7 @@ from runtime.execution import Execution
 from runtime.export import export
 from runtime.files import atomic_write, check_new_file, check_writable, lock, write_json
 from runtime.logs import say
-from runtime.networks import (
-    as_ours,
-    build,
-    describe,
-    fit_weights,
-    summary,
-)
+from runtime.networks import as_ours, build, describe, fit_weights, guidance_line, summary
 from runtime.objectives import Objective, make_objective
 from runtime.resuming import (
     changes_since,
@@ -118,9 +112,9 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
         latent_size=features.latent_shape[1:],
         in_channels=features.latent_shape[0],
         num_classes=features.num_classes,
-        learn_sigma=bool(settings.learn_sigma),
+        learn_sigma=settings.learn_sigma,
         label_drop=settings.label_drop,
-        objective=str(settings.objective),
+        objective=settings.objective,
     )
     run = Path(settings.results_dir, settings.run_name or run_name(settings))
     resume = resume_from(settings, run)
@@ -133,12 +127,7 @@ def prepare(settings: TrainingSettings, options: Mapping[str, Any]) -> Prepared:
     sampled_timesteps(network, grid_sampling(settings))
     objective = make_objective(settings)
     grid_codec = grid_codec_of(settings, features) if settings.sample_every else None
-    header = {
-        "network": describe(network, settings.model),
-        "data": data_header(features, targets),
-        "versions": versions(),
-        "objective": network.backbone.objective,
-    }
+    header = header_of(settings, network, data_header(features, targets))
     groups_before = saved["settings"].get("density_groups", 1) if saved else None
     if saved and not (isinstance(groups_before, int) and groups_before > 0):
         raise InputError(f"{resume}: the checkpoint's header is damaged; copy the file again.")
@@ -272,6 +261,12 @@ def origin_lines(prepared: Prepared, step: int, note: str | None) -> list[str]:
     return lines + ([f"WARNING: {note}"] if note else [])
 
 
+def header_of(settings: TrainingSettings, network: DiT, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says beside its numbers."""
+    described = describe(network, settings.model)
+    return {"network": described, "data": data, "versions": versions(), "objective": network.backbone.objective}
+
+
 def data_header(features: FeatureDataset, targets: AlignmentTargets | None) -> dict[str, Any]:
     """What sampling must know of the data, and what it was."""
     manifest = getattr(features, "manifest", None)
@@ -350,8 +345,8 @@ def plan(arguments: list[str]) -> None:
         (latent_size[0], latent_size[1]),
         channels,
         classes,
-        bool(settings.learn_sigma),
-        objective=str(settings.objective),
+        settings.learn_sigma,
+        objective=settings.objective,
     )
     network = network_of(settings, backbone, options, network_before(settings))
     timesteps = sampled_timesteps(network, SamplingSettings(num_sampling_steps=chosen.num_sampling_steps))
@@ -359,7 +354,11 @@ def plan(arguments: list[str]) -> None:
         raise InputError(f"--output: --method {settings.method} has no token density to draw; leave the flag out.")
     if chosen.output:
         check_new_file(chosen.output, "--output")
-    costs = *network.training_lines(settings.max_steps), *density_lines(network, settings.model, timesteps)
+    costs = (
+        *network.training_lines(settings.max_steps),
+        *density_lines(network, settings.model, timesteps),
+        *guidance_line(network),
+    )
     print("\n".join((summary(network, settings.model), *costs)))
     if chosen.output:
         draw_density(network, Path(chosen.output), timesteps)

@@ -168,7 +168,7 @@ def set_up(settings: DensitySettings, output: Path, manifest: Manifest, source: 
     model = settings.model or f"DiT-128x8x4/{settings.patch}"
     training, options = parse_training(["--config", settings.sparse_config, "--model", model])
     channels, *side = manifest.latent_shape
-    backbone = Backbone.named(model, (side[0], side[1]), channels, len(manifest.classes), bool(training.learn_sigma))
+    backbone = Backbone.named(model, (side[0], side[1]), channels, len(manifest.classes), training.learn_sigma)
     default = DENSITIES.get(backbone.grid[0]) if backbone.grid[0] == backbone.grid[1] else None
     if default is None and None in (settings.fixed, settings.dynamic):
         raise InputError(f"a map of {backbone.grid[0]} x {backbone.grid[1]} tokens has no default densities; give --fixed and "

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from models import METHODS, Backbone, DiT, method_class
+from models.backbone import ObjectiveName
 from runtime.config import InputError, checked_values, from_mapping, option, to_mapping
-from runtime.networks import blueprint, default_objective, default_time_scale
+from runtime.networks import blueprint, published_objective, published_time_scale
 from runtime.sampling import MOST_AT_ONCE
 
 PIXELS_PER_LATENT = 8
@@ -37,7 +38,7 @@ class NetworkSettings(CommonSettings):
     options: str | None = option(
         None, "its other options, as train.py has them: KEY=VALUE, several with spaces between, quoted"
     )
-    objective: Literal["ddpm", "flow"] | None = option(
+    objective: ObjectiveName | None = option(
         None, "what the networks predict, as train.py --objective; none: as published for the method"
     )
     image_size: int = option(512, "picture side; latents are 4 x SIDE/8 x SIDE/8")
@@ -65,15 +66,14 @@ class NetworkSettings(CommonSettings):
         """That of all networks. InputError for sizes that are none."""
         channels, height, width = self.latent_shape
         method_class(self.method)
-        objective = self.objective or default_objective(self.model, self.method)
+        objective = self.objective or published_objective(self.model, self.method)
         return Backbone.named(
             self.model,
             (height, width),
             channels,
             self.num_classes,
-            learn_sigma=objective == "ddpm",
             objective=objective,
-            time_scale=default_time_scale(self.model, self.method),
+            time_scale=published_time_scale(self.model, self.method),
         )
 
     def method_options(self) -> dict[str, Any]:

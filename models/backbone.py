@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from models.token_density import TIMESTEPS
 from runtime.config import InputError, nearest
@@ -16,16 +16,21 @@ SIT = "SiT-"
 """What names of SiT's backbones (Ma et al. 2024) begin with: DiT's, which are given the flow time itself."""
 
 BACKBONES = [
-    "DiT-T/2",
-    *(f"{kind}{size}/{patch}" for kind in ("DiT-", SIT) for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)),
+    f"{kind}{name}"
+    for kind in ("DiT-", SIT)
+    for name in ("T/2", *(f"{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)))
 ]
 
-OBJECTIVES = ("ddpm", "flow")
+ObjectiveName = Literal["ddpm", "flow"]
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+
+TIME_SCALES = 1e-3, 1e6
+"""Beyond these the time embedding tells no times apart."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The sizes of a DiT, whatever method runs on it."""
+    """The sizes of a DiT, whatever method runs on it, what it predicts, and what it is given as time."""
 
     hidden_size: int
     depth: int
@@ -37,7 +42,7 @@ class Backbone:
     learn_sigma: bool = True
     mlp_ratio: float = 4.0
     label_drop: float = 0.1
-    objective: str = "ddpm"
+    objective: ObjectiveName = "ddpm"
     """What it predicts: "ddpm", the noise, or "flow", the velocity."""
     time_scale: float = TIMESTEPS
     """What the timestep embedder is given at full noise: 1000 as DiT's, 1 where it is given the flow time itself."""
@@ -50,8 +55,9 @@ class Backbone:
             raise InputError(f"--objective {self.objective!r} is not known{nearest(self.objective, OBJECTIVES)}")
         if self.objective == "flow" and self.learn_sigma:
             raise InputError("--objective flow predicts no variance; give --no-learn-sigma, or leave --learn-sigma out.")
-        if not 0 < self.time_scale < math.inf:
-            raise InputError(f"--time-scale is {self.time_scale}; it must be above 0 and finite.")
+        least, most = TIME_SCALES
+        if not least <= self.time_scale <= most:
+            raise InputError(f"--time-scale is {self.time_scale:g}; it must be {least:g} to {most:,.0f}.")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise InputError(f"hidden size {self.hidden_size} must be a multiple of 4 and of the {self.num_heads} heads.")
         if min(self.latent_size) < 1 or any(side % self.patch_size for side in self.latent_size):
@@ -68,13 +74,21 @@ class Backbone:
         latent_size: tuple[int, int],
         in_channels: int = 4,
         num_classes: int = 1000,
-        learn_sigma: bool = True,
+        learn_sigma: bool | None = None,
         label_drop: float = 0.1,
-        objective: str = "ddpm",
-        time_scale: float = TIMESTEPS,
+        objective: ObjectiveName | None = None,
+        time_scale: float | None = None,
     ) -> Backbone:
-        """A published size ("DiT-XL/2") or one in numbers: "DiT-96x8x4/1" is width 96, depth 8, 4 heads, patch 1."""
-        numbers = re.fullmatch(r"DiT-(\d+)x(\d+)x(\d+)/(\d+)", name)
+        """A published size ("DiT-XL/2") or one in numbers: "DiT-96x8x4/1" is width 96, depth 8, 4 heads, patch 1.
+
+        SiT-... is the same under flow, given the flow time itself. None: as published for the name; DiT learns its variance.
+        """
+        objective = objective or default_objective(name)
+        check_objective(name, objective)
+        if time_scale is None:
+            time_scale = default_time_scale(name)
+        learn_sigma = objective == "ddpm" if learn_sigma is None else learn_sigma
+        numbers = re.fullmatch(r"[DS]iT-(\d+)x(\d+)x(\d+)/(\d+)", name)
         if name in BACKBONES:
             size, _, patch = name.removeprefix("DiT-").removeprefix(SIT).partition("/")
             sizes = (*SIZES[size], int(patch))
@@ -108,3 +122,20 @@ class Backbone:
     def out_channels(self) -> int:
         """Noise channels, then, with learned sigma, as many variance channels."""
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+def default_objective(model: str) -> ObjectiveName:
+    """What published networks of a name were trained under."""
+    return "flow" if model.startswith(SIT) else "ddpm"
+
+
+def default_time_scale(model: str) -> float:
+    """What published networks of a name are given at full noise."""
+    return 1.0 if model.startswith(SIT) else TIMESTEPS
+
+
+def check_objective(model: str, objective: str) -> None:
+    """InputError for a backbone that is of the other objective."""
+    if objective == "ddpm" and model.startswith(SIT):
+        other = model.replace(SIT, "DiT-")
+        raise InputError(f"--model {model} is a backbone of --objective flow; for ddpm give --model {other}.")

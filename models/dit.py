@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Backbone
+from models.backbone import Backbone, ObjectiveName
 from models.layers import (
     Block,
     Condition,
@@ -43,10 +43,10 @@ class DiT(nn.Module):
     options_type: ClassVar[type] = DenseOptions
     released_layout: ClassVar[str] = "DiT"
     """The layout in which the authors publish weights (see `layout_names`)."""
-    released_objective: ClassVar[Literal["ddpm", "flow"]] = "ddpm"
-    """What these were trained under, which their files do not say."""
-    released_time_scale: ClassVar[float] = TIMESTEPS
-    """Their `Backbone.time_scale`."""
+    released_objective: ClassVar[ObjectiveName | None] = None
+    """What these were trained under, which their files do not say; None: as networks of the backbone's name."""
+    released_time_scale: ClassVar[float | None] = None
+    """Their `Backbone.time_scale`; None: as networks of the backbone's name."""
     x_embedder: PatchEmbedder | FlatPatchEmbedder
     blocks: Sequence[ModulatedBlock]
     work: CountedWork | None = None
@@ -61,7 +61,7 @@ class DiT(nn.Module):
         self.backbone = backbone
         self.options = self.resolve(options or self.options_type(), backbone)
         width = backbone.hidden_size
-        self.build_patch_embedding()
+        self.build_outside_blocks()
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(backbone.num_classes, width)
         self.blocks = nn.ModuleList(self.build_blocks())  # type: ignore[assignment]
@@ -75,8 +75,8 @@ class DiT(nn.Module):
         """`options` with every default filled in for `backbone`; InputError where they do not fit it."""
         return options
 
-    def build_patch_embedding(self) -> None:
-        """What makes tokens of a latent, and tells their places."""
+    def build_outside_blocks(self) -> None:
+        """What stands before and between the blocks, the embedders of time and label apart."""
         backbone = self.backbone
         self.x_embedder = PatchEmbedder(backbone.patch_size, backbone.in_channels, backbone.hidden_size)
         # A parameter without gradient, as in DiT: it stands in checkpoints and in the published parameter counts.
@@ -289,7 +289,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=linear_gain)
                 nn.init.zeros_(module.bias)
-        self.initialize_patch_embedding()
+        self.initialize_outside_blocks()
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             assert isinstance(embedding, nn.Embedding | nn.Linear)
             nn.init.normal_(embedding.weight, std=0.02)
@@ -297,7 +297,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             zero(*block.adaLN_modulation.parameters())
 
-    def initialize_patch_embedding(self) -> None:
+    def initialize_outside_blocks(self) -> None:
         self.pos_embed.data.copy_(position_embedding(self.backbone.hidden_size, self.backbone.grid))
         # The patch embedding is a Linear on flattened patches in all but name.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.backbone.hidden_size, -1))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbone import Backbone
+from models.backbone import Backbone, ObjectiveName
 from models.dit import DiT, Draws
 from models.layers import (
     Attention,
@@ -70,7 +70,10 @@ class Rotation(NamedTuple):
 
     def turn(self, vectors: Tensor) -> Tensor:
         """Neighbouring channels of vectors (N, heads, T, D / heads), turned."""
-        even, odd = vectors.unflatten(3, (-1, 2)).unbind(4)  # (N, heads, T, D / heads / 2)
+        pairs = vectors.unflatten(3, (-1, 2))  # (N, heads, T, D / heads / 2, 2)
+        if not torch.compiler.is_compiling():  # one kernel, which the compiler does not know; it makes one of the other form
+            return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(self.cos, self.sin)).flatten(3)
+        even, odd = pairs.unbind(4)  # (N, heads, T, D / heads / 2) each
         return torch.stack((even * self.cos - odd * self.sin, odd * self.cos + even * self.sin), dim=4).flatten(3)
 
 
@@ -111,8 +114,8 @@ class SPRINT(DiT):
 
     options_type: ClassVar[type] = SPRINTOptions
     released_layout: ClassVar[str] = "released SPRINT"
-    released_objective: ClassVar[Literal["ddpm", "flow"]] = "flow"
-    released_time_scale: ClassVar[float] = 1.0
+    released_objective: ClassVar[ObjectiveName | None] = "flow"
+    released_time_scale: ClassVar[float | None] = 1.0
     training_options: ClassVar[frozenset[str]] = frozenset({"drop_ratio", "drop_pattern", "path_drop"})
     recipe: ClassVar[Mapping[str, Any]] = {"max_steps": 2_000_000, "gradient_clip": 1.0}
     blocks: Sequence[RotaryBlock]
@@ -145,7 +148,7 @@ class SPRINT(DiT):
         check_drop(options, backbone)
         return options
 
-    def build_patch_embedding(self) -> None:
+    def build_outside_blocks(self) -> None:
         backbone = self.backbone
         self.x_embedder = FlatPatchEmbedder(backbone.patch_size, backbone.in_channels, backbone.hidden_size)
         # The residual stream passes through it. Half precision would round it here for all further blocks.
@@ -156,7 +159,7 @@ class SPRINT(DiT):
     def embed_patches(self, x: Tensor) -> Tensor:
         return self.x_embedder(x)  # (N, T, D)
 
-    def initialize_patch_embedding(self) -> None:
+    def initialize_outside_blocks(self) -> None:
         nn.init.normal_(self.mask_token, std=0.02)
 
     def build_blocks(self) -> Iterator[ModulatedBlock]:

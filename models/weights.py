@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.layers import timestep_frequencies
+from models.layers import FREQUENCIES, timestep_frequencies
 from runtime.config import InputError
 
 if TYPE_CHECKING:
@@ -174,34 +174,55 @@ def from_sit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A SiT (arXiv 2401.08740) in our conventions, and back: its time runs from noise to data, and so does its velocity.
 
     With s = 1 - t, the sinusoids of s are those of t turned by the frequencies, which goes into the first layer behind them;
-    the velocity's sign goes into the last layer. Both are exact. Variance outputs, which SiT throws away, are left out.
+    the velocity's sign goes into the last layer. Both are exact, up to rounding to float32. Variance outputs, which SiT
+    throws away, are left out.
     """
     converted = without_variance(state)
     cos, sin = converted[FIRST_TIME_LAYER].double().chunk(2, dim=1)  # (D, 128) each: of cosines, of sines
     frequencies = timestep_frequencies().to(cos)
     c, s = frequencies.cos(), frequencies.sin()
-    converted[FIRST_TIME_LAYER] = torch.cat((cos * c + sin * s, cos * s - sin * c), dim=1).to(state[FIRST_TIME_LAYER].dtype)
+    turned = torch.cat((cos * c + sin * s, cos * s - sin * c), dim=1)  # (D, 256)
+    converted[FIRST_TIME_LAYER] = turned.to(torch.promote_types(state[FIRST_TIME_LAYER].dtype, torch.float32))
     for name in FINAL_LAYER:
         converted[name] = -converted[name]
     return converted
 
 
+def is_whole_sit(shapes: Shapes) -> bool:
+    """Whether the tensors are there that `from_sit` converts."""
+    outputs = [shapes.get(name, (0,))[0] for name in FINAL_LAYER]
+    return shapes.get(FIRST_TIME_LAYER, ())[1:] == (FREQUENCIES,) and outputs[0] == outputs[1] > 0
+
+
 def has_variance(shapes: Shapes) -> bool:
-    """Whether a network of DiT's patches also puts out a variance for each channel."""
-    patches = shapes.get("x_embedder.proj.weight", ())  # (D, C, p, p)
-    outputs = shapes.get(FINAL_LAYER[0], (0,))[0]
-    return len(patches) == 4 and outputs == 2 * math.prod(patches[1:])
+    """Whether a network also puts out a variance for each channel."""
+    patches = shapes.get("x_embedder.proj.weight", ())  # (D, C, p, p), or (D, C p p) of flattened ones
+    outputs = {shapes.get(name, (0,))[0] for name in FINAL_LAYER}
+    return len(patches) > 1 and outputs == {2 * math.prod(patches[1:])}
 
 
 def without_variance(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without variance outputs, which are the second half of the channels at each place of a patch."""
+    """The weights without variance outputs, which are the second half of the channels.
+
+    Channels stand last, at each place of a patch, or first where patches are embedded flattened.
+    """
     result = dict(state)
     if not has_variance({key: tuple(value.shape) for key, value in state.items()}):
         return result
-    channels, patch = state["x_embedder.proj.weight"].shape[1:3]
+    patches = state["x_embedder.proj.weight"]
+    places, channels = math.prod(patches.shape[2:]), patches.shape[1]  # flattened: one place, all numbers its channels
     for name in FINAL_LAYER:
-        rows = result[name].unflatten(0, (patch * patch, -1))  # (p p, C or 2 C, ...)
+        rows = result[name].unflatten(0, (places, -1))  # (p p, 2 C, ...)
         result[name] = rows[:, :channels].flatten(0, 1)
+    return result
+
+
+def with_blank_variance(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DiT's layout with variance outputs of zero, for code that expects some and throws them away."""
+    result, patches = dict(state), state["x_embedder.proj.weight"]  # (D, C, p, p)
+    for name in FINAL_LAYER:
+        rows = result[name].unflatten(0, (math.prod(patches.shape[2:]), -1))  # (p p, C, ...)
+        result[name] = torch.cat((rows, torch.zeros_like(rows)), dim=1).flatten(0, 1)
     return result
 
 

@@ -83,9 +83,19 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if metadata.get("format") != FORMAT:
         return None
     try:
-        return json.loads(metadata["header"])
+        header = json.loads(metadata["header"])
     except (KeyError, ValueError):
-        raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.") from None
+        header = None
+    if not isinstance(header, dict) or not _is_sound(header):
+        raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.")
+    return header
+
+
+def _is_sound(header: Mapping[str, Any]) -> bool:
+    """Whether the entries that everybody reads are of the kind that we write."""
+    groups = (header[name] for name in ("network", "data", "settings") if name in header)
+    step = header.get("step", 0)
+    return type(step) is int and step >= 0 and all(isinstance(group, dict) for group in groups)
 
 
 def read_tensors(path: str | os.PathLike[str], prefix: str) -> dict[str, Tensor]:
@@ -152,7 +162,7 @@ def _read_safetensors(path: Path, averaged: bool) -> Weights:
         return Weights(read_tensors(path, ""), str(path), header)
     which = "ema/" if averaged else "model/"
     kind = "EMA" if averaged else "raw weights"
-    step = f" of step {header['step']}" if header else ""
+    step = f" of step {header['step']}" if header and "step" in header else ""
     return Weights(read_tensors(path, which), f"{path} ({kind}{step})", header)
 
 

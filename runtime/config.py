@@ -174,7 +174,7 @@ def _scalar(value: Any, annotation: type, name: str) -> Any:
     if annotation is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if annotation in (int, float) and isinstance(value, int | float | str):
-        if annotation is int and isinstance(value, float):
+        if annotation is int and (isinstance(value, float) or "_" in str(value)):  # Python reads 1_0 as 10
             raise InputError(f"{name} must be a whole number, not {value!r}.")
         try:
             number = annotation(value)

@@ -10,11 +10,11 @@ from torch import Tensor
 from models import DiT
 from models.backbone import SIT
 from models.weights import export as export_state
-from models.weights import from_sit
+from models.weights import from_sit, with_blank_variance
 from runtime.checkpoint import read_header, read_tensors, save_checkpoint, save_state
 from runtime.config import ArgumentParser, InputError, to_mapping
 from runtime.files import check_new_file
-from runtime.networks import build, default_objective, default_time_scale, described, method_name
+from runtime.networks import build, described, method_name, published_objective, published_time_scale
 
 
 def export(arguments: list[str]) -> None:
@@ -50,14 +50,18 @@ def export(arguments: list[str]) -> None:
 def as_released(network: DiT, model: str) -> Mapping[str, Tensor]:
     """The weights under the names and conventions of the authors of `model` and the network's method."""
     state = export_state(network, network.released_layout)
-    sit = model.startswith(SIT) and method_name(network) == "dense" and network.backbone.time_scale == 1
-    return from_sit(state) if sit else state
+    return with_blank_variance(from_sit(state)) if is_sit(network, model) else state
+
+
+def is_sit(network: DiT, model: str) -> bool:
+    """Whether a network is a SiT, whose conventions are its own."""
+    return model.startswith(SIT) and method_name(network) == "dense" and network.backbone.time_scale == 1
 
 
 def not_in_layout(network: DiT, model: str) -> str:
     """What a released layout does not say of the network, where it is not as published; empty where it is."""
     options, default = to_mapping(network.options), type(network).resolve(network.options_type(), network.backbone)
-    published = default_objective(model, method_name(network)), default_time_scale(model, method_name(network))
+    published = published_objective(model, method_name(network)), published_time_scale(model, method_name(network))
     there = network.backbone.objective, network.backbone.time_scale
     told = [] if there == published else [f"objective {there[0]}", f"time_scale {there[1]:g}"]
     if any(value != to_mapping(default)[name] for name, value in options.items() if name not in network.training_options):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models import METHODS, Backbone, DiT, create_model
-from models.backbone import SIT
+from models.backbone import SIT, ObjectiveName, default_objective, default_time_scale
 from models.token_density import TIMESTEPS
 from models.weights import (
     LABEL_TABLE,
@@ -24,6 +24,7 @@ from models.weights import (
     from_sit,
     has_variance,
     identify,
+    is_whole_sit,
     load,
     plan_loading,
     strip_prefixes,
@@ -89,29 +90,32 @@ def fit_weights(weights: Weights, plan: DiT) -> tuple[dict[str, Tensor], Loading
 
 def _check_heads(weights: Weights, plan: DiT) -> None:
     """Heads leave no trace in the shapes; our header knows them."""
-    heads = (weights.header or {}).get("network", {}).get("backbone", {}).get("num_heads", plan.backbone.num_heads)
+    network = (weights.header or {}).get("network", {})
+    heads = network.get("backbone", {}).get("num_heads", plan.backbone.num_heads)
     if heads != plan.backbone.num_heads:
         raise InputError(f"the checkpoint's attention has {heads} heads and --model asks for {plan.backbone.num_heads}; give "
-                         "the checkpoint's --model.")  # fmt: skip
+                         f"the checkpoint's --model {network.get('model', '')}.")  # fmt: skip
 
 
 def _check_variance(shapes: Mapping[str, tuple[int, ...]], plan: DiT) -> None:
     """A network that learns the variance cannot start without: zeros would be a variance too, and a wrong one."""
     patches, outputs = shapes.get("x_embedder.proj.weight", (0,)), shapes.get("final_layer.linear.weight", (0,))[0]
     if plan.backbone.learn_sigma and outputs and outputs == math.prod(patches[1:]):
-        raise InputError("the weights predict no variance, as those trained under --objective flow; give that objective, or "
-                         "for ddpm --no-learn-sigma.")  # fmt: skip
+        raise InputError("the weights predict no variance, as those trained under --objective flow; give that objective (for a "
+                         "SiT its --model SiT-...), or for ddpm --no-learn-sigma.")  # fmt: skip
 
 
 def as_ours(weights: Weights, model: str, time_scale: float | None = None) -> Weights:
     """Released weights in our conventions: a SiT, as which `model` names them, with time and velocity reversed.
 
-    Files of ours, and what has other methods' keys, come back unchanged. InputError for a `time_scale` that SiT has not.
+    Files of ours, and what has other methods' keys or lacks some, come back unchanged. InputError for a `time_scale` that SiT
+    has not.
     """
     if weights.header is not None or not model.startswith(SIT):
         return weights
     state = canonical(weights)
-    if identify(_shapes(state), METHODS)[0] != next(iter(METHODS)):
+    shapes = _shapes(state)
+    if identify(shapes, METHODS)[0] != next(iter(METHODS)) or not is_whole_sit(shapes):
         return weights
     if time_scale not in (None, 1.0):
         raise InputError(f"{weights.origin}: SiT embeds the flow time itself; leave out --time-scale {time_scale:g}.")
@@ -119,14 +123,15 @@ def as_ours(weights: Weights, model: str, time_scale: float | None = None) -> We
     return replace(weights, state=from_sit(state), origin=f"{weights.origin} ({converted})")
 
 
-def default_time_scale(model: str, method: str) -> float:
+def published_time_scale(model: str, method: str) -> float:
     """What networks of a backbone and a method embed at full noise, where nothing else is said."""
-    return 1.0 if model.startswith(SIT) else METHODS[method].released_time_scale
+    scale = METHODS[method].released_time_scale
+    return default_time_scale(model) if scale is None else scale
 
 
-def default_objective(model: str, method: str) -> Literal["ddpm", "flow"]:
+def published_objective(model: str, method: str) -> ObjectiveName:
     """What networks of a backbone and a method are trained under, where nothing else is said."""
-    return "flow" if model.startswith(SIT) else METHODS[method].released_objective
+    return METHODS[method].released_objective or default_objective(model)
 
 
 def build_with(plan: DiT, weights: Weights) -> tuple[DiT, LoadingPlan]:
@@ -146,7 +151,7 @@ def recognized(
     weights: Weights,
     model: str,
     latent_size: tuple[int, int],
-    objective: str | None = None,
+    objective: ObjectiveName | None = None,
     time_scale: float | None = None,
 ) -> DiT:
     """The blueprint of a checkpoint without our header: the backbone is `model`, the rest is told by keys and shapes.
@@ -157,15 +162,19 @@ def recognized(
     try:
         method, _, options = identify(shapes, METHODS)
         inputs = math.prod(shapes["x_embedder.proj.weight"][1:])  # of a patch
-        objective = objective or default_objective(model, method)
+        objective = objective or published_objective(model, method)
+        places = patch_size(shapes, model, latent_size) ** 2
+        if inputs % places:
+            raise InputError(f"its patches of {inputs} numbers are none of --model {model}, which have {places} places; give "
+                             "the backbone it was trained with.")  # fmt: skip
         backbone = Backbone.named(
             model,
             latent_size,
-            in_channels=inputs // patch_size(shapes, model, latent_size) ** 2,
+            in_channels=inputs // places,
             num_classes=shapes[LABEL_TABLE][0] - 1,
             learn_sigma=objective == "ddpm" and shapes["final_layer.linear.weight"][0] == 2 * inputs,
             objective=objective,
-            time_scale=default_time_scale(model, method) if time_scale is None else time_scale,
+            time_scale=published_time_scale(model, method) if time_scale is None else time_scale,
         )
     except InputError as error:
         raise InputError(f"{weights.origin}: {error}") from None
@@ -206,6 +215,18 @@ def summary(network: DiT, model: str) -> str:
         f"{method_name(network)} {named}, {parameters:,} parameters, {most}{gmacs:.4g} GMACs per image and pass{mean} "
         f"({gmacs / dense:.1%} of the dense backbone's {dense:.4g})" + (f"; {options}" if options else "")
     )
+
+
+def guidance_line(network: DiT) -> list[str]:
+    """What path-drop guidance saves; nothing where there is no cheap path."""
+    plan, cheap = network.plan(0), network.cheap_plan(0)
+    if cheap is None:
+        return []
+    whole, part = network.macs(plan), network.macs(cheap)
+    return [
+        f"path-drop guidance: {part / 1e9:.4g} GMACs for the unconditional half, a guided step "
+        f"{(whole + part) / (2 * whole):.1%} of one with classifier-free guidance"
+    ]
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 from models import Backbone, DiT
 from runtime.checkpoint import checkpoints, read_header
 from runtime.config import InputError, to_mapping
-from runtime.networks import blueprint, default_time_scale, describe, described, method_name
+from runtime.networks import blueprint, describe, described, method_name, published_time_scale
 from runtime.settings import TrainingSettings, changed
 
 
@@ -40,7 +40,7 @@ def saved_header(path: Path) -> Mapping[str, Any]:
         header = read_header(path)
     except InputError as error:
         raise InputError(f"{error} Or delete it, and the same command continues from the checkpoint before.") from None
-    if header is None or "settings" not in header:
+    if header is None or not {"settings", "step"} <= header.keys():
         raise InputError(f"{path} is no training checkpoint; give it as --pretrained to start from its weights.")
     return header
 
@@ -51,7 +51,7 @@ def network_in(path: Path, header: Mapping[str, Any]) -> DiT:
         return described(header["network"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.") from None
 
 
@@ -67,7 +67,7 @@ def network_of(settings: TrainingSettings, backbone: Backbone, given: Mapping[st
 
     So is what it embeds as time, which `before` of any method says.
     """
-    published = default_time_scale(settings.model, settings.method)
+    published = published_time_scale(settings.model, settings.method)
     there = published if before is None else before.backbone.time_scale
     backbone = replace(backbone, time_scale=there if settings.time_scale is None else settings.time_scale)
     if before is None or method_name(before) != settings.method:

@@ -20,6 +20,7 @@ from data.latents import CodecSpec, resolve_codec
 from diffusion.guidance import GUIDANCE, Interval, Predict, check_guidance, guided
 from diffusion.samplers import SAMPLERS
 from models import Backbone, DiT
+from models.backbone import ObjectiveName
 from models.token_density import TIMESTEPS
 from runtime.checkpoint import Weights, checkpoints, read_weights
 from runtime.config import InputError, option
@@ -53,7 +54,7 @@ class CheckpointSettings(ExecutionSettings, SamplingSettings):
     method: str | None = option(None, "method of the run that is looked for; none: any")
     model: str | None = option(None, "backbone; needed for released weights, otherwise the checkpoint knows")
     image_size: int | None = option(None, "picture side; needed for released weights, otherwise the checkpoint knows")
-    objective: Literal["ddpm", "flow"] | None = option(
+    objective: ObjectiveName | None = option(
         None, "what released weights were trained under, where it is not as published; otherwise the checkpoint knows"
     )
     time_scale: float | None = option(
@@ -119,19 +120,28 @@ class Checkpoint:
         return replace(self, network=network.eval().requires_grad_(False), weights=origin_alone)
 
     @property
+    def objective_note(self) -> str | None:
+        """One sentence where the weights are taken as DiT's without being quite such."""
+        backbone = self.network.backbone
+        if self.kind != "released" or backbone.objective != "ddpm" or backbone.learn_sigma:
+            return None
+        return ("These weights predict no variance and do not say what they were trained under; taken as ddpm's. If it was "
+                "flow, give --objective flow, for a SiT its --model SiT-...")  # fmt: skip
+
+    @property
     def objective(self) -> str:
         """What the network was trained under."""
         return self.network.backbone.objective
 
     def lines(self, settings: SamplingSettings) -> list[str]:
         """What is printed before sampling: origin, network, density, and what a picture costs under `settings`."""
-        note = [] if self.density_note is None else [self.density_note]
+        notes = [note for note in (self.density_note, self.objective_note) if note is not None]
         return [
             self.weights.origin,
             summary(self.network, self.model),
             *density_lines(self.network, self.model, sampled_timesteps(self.network, settings)),
-            *note,
-            str(sampling_cost(self.network, settings)),
+            *notes,
+            cost_line(self.network, settings),
         ]
 
     def check_codec(self, spec: CodecSpec) -> None:
@@ -143,6 +153,13 @@ class Checkpoint:
                 f"codec {spec.name} decodes latents of {' x '.join(map(str, taken))} to pictures of {self.image_size}, and the "
                 f"network makes {' x '.join(map(str, made))}; give the --vae it was trained with."
             )
+
+
+def cost_line(network: DiT, settings: SamplingSettings) -> str:
+    """What a picture costs, and by which sampler and guidance."""
+    cost, sampler = sampling_cost(network, settings), settings.under(network.backbone.objective).sampler
+    guidance = f", {settings.guidance} guidance" if cost.guided_steps else ""
+    return f"{cost} ({sampler}{guidance})"
 
 
 def open_checkpoint(settings: CheckpointSettings, path: str) -> tuple[Checkpoint, CodecSpec]:
@@ -212,7 +229,7 @@ def read_checkpoint(
     image_size: int | None,
     averaged: bool = True,
     factor: int = LATENT_FACTOR,
-    objective: str | None = None,
+    objective: ObjectiveName | None = None,
     time_scale: float | None = None,
 ) -> Checkpoint:
     """Facts and weights of a checkpoint: of ours from its header, of a released one from its keys, `model` and size.
@@ -241,7 +258,9 @@ def read_checkpoint(
         return Checkpoint(plan, weights, path, model, image_size, None, None, None, "released")
     try:
         return _from_header(path, weights, model, image_size, averaged, objective, time_scale)
-    except (KeyError, TypeError, AttributeError):
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path}: the checkpoint's header is damaged; copy the file again.") from None
 
 
@@ -251,22 +270,25 @@ def _from_header(
     model: str | None,
     image_size: int | None,
     averaged: bool,
-    objective: str | None,
+    objective: ObjectiveName | None,
     time_scale: float | None,
 ) -> Checkpoint:
     header = weights.header or {}
     description, data = header["network"], header["data"]
-    backbone = described(description).backbone
+    try:
+        network = described(description)
+    except InputError as error:
+        raise InputError(f"{path}: the checkpoint's header describes no network ({error}); copy the file again.") from None
     asked_and_there = (
         ("model", model, description["model"]),
         ("image-size", image_size, data["image_size"]),
-        ("objective", objective, backbone.objective),
-        ("time-scale", time_scale, backbone.time_scale),
+        ("objective", objective, network.backbone.objective),
+        ("time-scale", time_scale, network.backbone.time_scale),
     )
     for name, asked, there in asked_and_there:
         if asked is not None and asked != there:
             raise InputError(f"{path} holds a network for --{name} {there}, not {asked}; leave the flag out or correct it.")
-    kind, network = header.get("weights") or ("ema" if averaged else "raw"), described(description)
+    kind = header.get("weights") or ("ema" if averaged else "raw")
     return Checkpoint(network, weights, path, description["model"], data["image_size"], data["codec"],
                       data["classes"], header["step"], kind, density_text(network))  # fmt: skip
 

@@ -27,8 +27,8 @@ class SamplingSettings:
     )
     guidance_interval: tuple[float, float] | None = option(
         None,
-        "guide only the steps whose timestep / 1000 is LOW to HIGH, 0 clean and 1 noise; the others save the unconditional "
-        "half; none: all",
+        "guide only the steps whose timestep / 1000, the flow time, is LOW to HIGH, 0 clean and 1 noise; the others save the "
+        "unconditional half; none: all",
         words=("LOW", "HIGH"),
     )
     sampler: Literal["ddpm", "ddim", "euler", "heun", "euler-maruyama"] | None = option(

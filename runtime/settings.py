@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models import METHODS, DiT, method_class
-from models.backbone import SIT
+from models.backbone import ObjectiveName, check_objective
 from models.token_density import TIMESTEPS
 from runtime.config import (
     ArgumentParser,
@@ -22,7 +22,7 @@ from runtime.config import (
     option,
     to_mapping,
 )
-from runtime.networks import default_objective
+from runtime.networks import published_objective
 
 PROFILED = 5
 """Steps that `--profile` records where no number is given."""
@@ -30,13 +30,16 @@ PROFILED = 5
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    model: str = option("DiT-XL/2", "backbone: DiT-{S,B,L,XL}/{2,4,8}, DiT-T/2, or in numbers DiT-WIDTHxDEPTHxHEADS/PATCH")
+    model: str = option(
+        "DiT-XL/2",
+        "backbone: DiT-{S,B,L,XL}/{2,4,8}, DiT-T/2, or in numbers DiT-WIDTHxDEPTHxHEADS/PATCH; SiT-...: the same under flow",
+    )
     method: str = option("sparsedit", f"what is done with tokens: {', '.join(METHODS)}")
     pretrained: str = option("none", "weights to start from: a file, a diffusers-layout folder, a hub id, or none")
     feature_path: str = option("features", "folder of extracted latents with a manifest.json, or a fast-DiT feature root")
     image_size: int = option(256, "side of the pictures the latents were made from")
     num_classes: int | None = option(None, "number of classes; none: the manifest's, or 1000 for fast-DiT features")
-    objective: Literal["ddpm", "flow"] | None = option(
+    objective: ObjectiveName | None = option(
         None, "what is noised and predicted: DiT's diffusion, or flow matching on the linear path; none: as published"
     )
     learn_sigma: bool | None = option(None, "predict the variance beside the noise; none: under ddpm")
@@ -208,17 +211,15 @@ def parse_training(arguments: Sequence[str], prog: str = "train.py") -> tuple[Tr
     return settings, {**file_options, **checked_values(method.options_type, given_options, "command line")}
 
 
-def objective_of(settings: TrainingSettings) -> Literal["ddpm", "flow"]:
+def objective_of(settings: TrainingSettings) -> ObjectiveName:
     """What is trained for: as asked, or as published for the backbone and the method."""
-    return settings.objective or default_objective(settings.model, settings.method)
+    return settings.objective or published_objective(settings.model, settings.method)
 
 
 def with_objective(settings: TrainingSettings) -> TrainingSettings:
     """The settings with an objective and what follows from it. InputError for what another one has."""
     objective = objective_of(settings)
-    if objective == "ddpm" and settings.model.startswith(SIT):
-        other = settings.model.replace(SIT, "DiT-")
-        raise InputError(f"--model {settings.model} is a backbone of --objective flow; for ddpm give --model {other}.")
+    check_objective(settings.model, objective)
     for name in OF_FLOW if objective == "ddpm" else OF_DDPM:
         if getattr(settings, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is no setting of --objective {objective}; leave it out.")
@@ -304,7 +305,7 @@ def check(settings: TrainingSettings) -> None:
         raise InputError("--alignment-block is for --alignment, which is 0; give a weight such as 0.5, or leave the block out.")
     if not math.isfinite(settings.cfg_scale):
         raise InputError(f"--cfg-scale is {settings.cfg_scale}; it must be finite.")
-    for name in ("learning_rate", "gradient_clip", "skip_gradient_norm", "time_scale"):
+    for name in ("learning_rate", "gradient_clip", "skip_gradient_norm"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and finite.")

@@ -188,7 +188,7 @@ class Trainer:
             start = self._start_of(micro)
             place = self.step * accumulation + micro
             latents, labels, *targets = self._prefetcher.take(place) if self._prefetcher else self._read_batch(place)
-            sound.append(torch.isfinite(latents).all())
+            sound += [torch.isfinite(values).all() for values in (latents, *targets)]
             interval = self._interval_at(start)
             timesteps, plan = self.network.training_plans(self.step)[interval]
             bounds = (torch.full((), b, dtype=torch.int64, device=self.device) for b in (timesteps.start, timesteps.stop))
@@ -341,16 +341,17 @@ class Trainer:
         header = read_header(path)
         if header is None:
             raise InputError(f"{path} is no training checkpoint of ours; give it as --pretrained to start from its weights.")
-        moments, state = read_tensors(path, "optimizer/"), self.optimizer.state_dict()
-        names = {name: place for place, name in enumerate(self._trained())}
-        held = {key.rpartition("/")[0] for key in moments}
+        moments, state, trained = read_tensors(path, "optimizer/"), self.optimizer.state_dict(), self._trained()
+        names = {name: place for place, name in enumerate(trained)}
+        expected = {f"{name}/{moment}": like.shape for name, like in trained.items() for moment in ("exp_avg", "exp_avg_sq")}
+        expected |= {f"{name}/step": torch.Size() for name in trained}
         stepped = header["step"] > header["skipped_steps"]  # before the first step that counts there may be no moments
-        if held != names.keys() and (held or stepped):
+        if {key: value.shape for key, value in moments.items()} != expected and (moments or stepped):
             raise InputError(f"{path} lacks optimizer state; delete it, and the same command continues from the one before.")
         saved: dict[str, nn.Module] = {"model/": self.network, "ema/": self.ema.network}
         for prefix, module in (saved | ({ALIGNMENT: self.alignment} if self.alignment else {})).items():
-            tensors = read_tensors(path, prefix)
-            if tensors.keys() != module.state_dict().keys():
+            tensors, own = read_tensors(path, prefix), module.state_dict()
+            if {key: value.shape for key, value in tensors.items()} != {key: value.shape for key, value in own.items()}:
                 raise InputError(f"{path} lacks weights; delete it, and the same command continues from the one before.")
             module.load_state_dict(tensors)
         state["state"] = {}

@@ -14,11 +14,12 @@ from extraction_runs import pictures as pictures
 from small_runs import ROOT, call, differing, header_at, metrics, random_network, run, state_at, succeed, torchrun
 from torch import Tensor
 
+from data.features import AlignmentTargets
 from diffusion.flow import FlowObjective
 from diffusion.schedule import Timesteps
 from models import METHODS, Backbone, DiT, checkpoint_blocks
 from runtime.alignment import Alignment, default_block
-from runtime.checkpoint import checkpoints, read_tensors, read_weights
+from runtime.checkpoint import checkpoint_path, checkpoints, read_tensors, read_weights, save_checkpoint
 from runtime.seeding import Keys
 from runtime.training_step import Batch, TrainingStep
 
@@ -85,10 +86,34 @@ def test_every_method_is_aligned_with_the_targets_of_its_tokens(method: str, che
             assert abs(shifted - expected) > 1e-3  # targets that are not gathered would be seen
 
 
+def test_the_first_pass_of_a_step_is_aligned() -> None:
+    """DyDiT's dynamic one, whose tokens differ from the complete one's where routers turn parts off."""
+    network = network_of("dydit")
+    for block in network.blocks:
+        torch.nn.init.constant_(block.attn_rate.router.bias, -15.0)
+    alignment, outputs = Alignment(network, 2, 0.5, 6), list[Any]()
+    network.blocks[1].register_forward_hook(lambda module, given, out: outputs.append(out))
+    parts, _, batch = step_with(network, alignment)
+    dynamic, complete = (out[0] if isinstance(out, tuple) else out for out in outputs)
+    with torch.no_grad():
+        first, second = (by_hand(alignment, tokens, batch.targets, None) for tokens in (dynamic, complete))
+    assert float(parts["alignment"]) == pytest.approx(first, abs=1e-5)
+    assert abs(first - second) > 1e-4
+
+
+def test_the_projector_is_that_of_the_paper() -> None:
+    layers = [layer for layer in Alignment(network_of("dense"), 2, 0.5, 6).projector if isinstance(layer, torch.nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in layers] == [(2048, 16), (2048, 2048), (6, 2048)]
+    for layer in layers:
+        expected = (2 / sum(layer.weight.shape)) ** 0.5
+        assert float(layer.weight.detach().std()) == pytest.approx(expected, rel=0.05)
+        assert not layer.bias.any()
+
+
 def test_alignment_moves_the_blocks_up_to_its_own_alone() -> None:
     def gradients(weight: float) -> dict[str, Tensor]:
-        network = network_of("dense")
         torch.manual_seed(0)
+        network = network_of("dense")
         _, loss, _ = step_with(network, Alignment(network, 2, weight, 6))
         loss.backward()
         return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
@@ -204,6 +229,25 @@ def test_a_resumed_run_ends_as_the_whole(
         )
     assert "at step 3" in succeed("train", *words, "--results-dir", tmp_path).out
     assert bool(differing(state_at(tmp_path / "run"), state_at(whole))) == bug
+
+
+def test_a_checkpoint_with_damaged_tensors_is_refused(whole: Path, words: list[str], tmp_path: Path) -> None:
+    saved, header = state_at(whole), header_at(whole)
+    other_shape = {**saved, "alignment/projector.0.weight": torch.zeros(2048, 32)}
+    lost = {name: value for name, value in saved.items() if name != "optimizer/alignment/projector.2.weight/exp_avg"}
+    for tensors, named in ((other_shape, "lacks weights"), (lost, "lacks optimizer state")):
+        save_checkpoint(checkpoint_path(tmp_path / "run", 6), tensors, header)
+        result = call("train", *words, "--max-steps", "7", "--results-dir", tmp_path)
+        assert result.code == 2
+        assert f"{named}; delete it, and the same command continues from the one before." in result.err
+
+
+def test_targets_that_are_not_finite_are_named(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = AlignmentTargets.batch
+    monkeypatch.setattr(AlignmentTargets, "batch", lambda *arguments: read(*arguments) * float("nan"))
+    result = call("train", *words, "--results-dir", tmp_path)
+    assert result.code == 2
+    assert "holds numbers that are not finite (met at step 1); extract it again." in result.err
 
 
 def test_what_training_refuses(whole: Path, words: list[str], tmp_path: Path, pixel_features: Path) -> None:

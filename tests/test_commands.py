@@ -274,7 +274,7 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[Path, Path], Path], list[str], list[str
     "without a variance to learn from": (
         lambda p, f: without_sigma(p, f / "flow.pt"),
         [],
-        ["flow.pt: the weights predict no variance", "--objective flow; give that objective, or for ddpm --no-learn-sigma."],
+        ["flow.pt: the weights predict no variance", "--objective flow; give that objective", "or for ddpm --no-learn-sigma."],
     ),
 }
 

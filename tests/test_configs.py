@@ -75,7 +75,7 @@ def network(path: Path) -> tuple[TrainingSettings, DiT]:
         num_classes=settings.num_classes or 1000,
         learn_sigma=settings.learn_sigma,
         label_drop=settings.label_drop,
-        objective=str(settings.objective),
+        objective=settings.objective,
     )
     return settings, network_of(settings, backbone, options, None)
 

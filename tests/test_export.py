@@ -82,6 +82,25 @@ def test_released_layouts_round_trip(method: str, suffix: str, trained: Callable
     assert torch.equal(back.network(x, t, y), out)
 
 
+def test_a_released_layout_of_sprint_samples_the_same_pictures(
+    trained: Callable[[str], Path], tiny_vae: Path, tmp_path: Path
+) -> None:
+    checkpoint = trained("sprint")
+
+    def pictures(path: Path, *more: str) -> bytes:
+        succeed("sample", "--ckpt", path, "--class-labels", "0,1", "--num-sampling-steps", "3", "--guidance", "path-drop",
+                "--vae", tiny_vae, "--output", tmp_path / "grid.png", *more)  # fmt: skip
+        return (tmp_path / "grid.png").read_bytes()
+
+    made = {}
+    for kind, flags in (("ema", []), ("raw", ["--raw"])):
+        succeed("train", "export", checkpoint, tmp_path / f"{kind}.pt", "--layout", "released", *flags)
+        made[kind] = pictures(tmp_path / f"{kind}.pt", "--model", "DiT-T/2", "--image-size", "64")
+    assert made["ema"] == pictures(checkpoint)
+    assert made["raw"] == pictures(checkpoint, "--weights", "raw")
+    assert made["raw"] != made["ema"]  # other weights make other pictures
+
+
 def test_an_export_is_a_pretrained_network(trained: Callable[[str], Path], features: Path, tmp_path: Path) -> None:
     succeed("train", "export", trained("dense"), tmp_path / "dense.safetensors")
     flags = ["--model", "DiT-T/2", "--image-size", "64", "--max-steps", "1", "--global-batch-size", "8"]

@@ -18,6 +18,7 @@ from small_runs import call, differing, header_at, metrics, state_at, succeed
 import models.sprint
 from models import METHODS
 from runtime.checkpoint import checkpoints, read_tensors, save_checkpoint
+from runtime.networks import published_time_scale
 from runtime.seeding import Keys, uniform
 from runtime.settings import parse_training
 
@@ -74,7 +75,7 @@ def test_every_method_trains_and_goes_on_bit_for_bit(method: str, words: list[st
         assert content["settings"]["learn_sigma"] is False
         backbone = content["network"]["backbone"]
         assert (backbone["objective"], backbone["learn_sigma"]) == ("flow", False)
-        assert backbone["time_scale"] == METHODS[method].released_time_scale
+        assert backbone["time_scale"] == published_time_scale("DiT-T/2", method)
 
 
 @every_method
@@ -190,7 +191,7 @@ def test_from_noise_to_velocity_and_not_back_without_a_word(words: list[str], tm
     velocity = str(checkpoints(tmp_path / "velocity")[-1])
     back = [*dense, "--pretrained", velocity, "--run-name", "back"]
     assert_refused(call("train", *back), f"{velocity} (EMA of step 2): the weights predict no variance",
-                   "give that objective, or for ddpm --no-learn-sigma.")  # fmt: skip
+                   "give that objective (for a SiT its --model SiT-...), or for ddpm --no-learn-sigma.")  # fmt: skip
     assert not (tmp_path / "back").exists()
     said = succeed("train", *back, "--no-learn-sigma").out
     assert f"not as in {velocity}: objective (flow, not ddpm): it learns anew what it predicts" in said
@@ -204,7 +205,7 @@ def test_from_noise_to_velocity_and_not_back_without_a_word(words: list[str], tm
         (["--objective", "flow", "--min-snr-gamma", "5"], ["--min-snr-gamma is no setting of --objective flow; leave it out."]),
         (["--flow-times", "uniform"], ["--flow-times is no setting of --objective ddpm; leave it out."]),
         (["--objective", "flow", "--learn-sigma"], ["--objective flow predicts no variance"]),
-        (["--time-scale", "0"], ["--time-scale is 0.0; it must be above 0"]),
+        (["--time-scale", "0"], ["--time-scale is 0; it must be 0.001 to 1,000,000."]),
         (["--time-scale", "-1"], ["--time-scale is -1.0; it must be above 0"]),
         (
             ["--objective", "flow", "--sample-steps", "10,15,20"],

@@ -265,7 +265,7 @@ def test_bfloat16_autocast_runs_and_stays_close(method: str) -> None:
 
 def test_names_of_methods_and_backbones() -> None:
     assert next(iter(METHODS)) == "dense"
-    assert len(BACKBONES) == 25
+    assert len(BACKBONES) == 26
     with pytest.raises(InputError, match=r"'sparsdit' is not known; did you mean 'sparsedit'\?$"):
         method_class("sparsdit")
     with pytest.raises(InputError, match=r"'DiT-XL2' is not known; did you mean 'DiT-XL/2'\?.*DiT-WIDTHxDEPTHxHEADS/PATCH"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models import Backbone, DiT
-from models import backbone as backbone_module
+from models.layers import TimestepEmbedder, timestep_frequencies
 from models.weights import export, from_sit, has_variance, without_variance
 from runtime.checkpoint import Weights, read_weights
 from runtime.config import InputError
@@ -23,12 +23,6 @@ from tests.models.weight_files import WRITERS, Writer
 
 NAME = "SiT-T/2"
 FLOW: dict[str, Any] = {"learn_sigma": False, "objective": "flow", "time_scale": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def small_sit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A SiT of the debug size, which has no published name."""
-    monkeypatch.setattr(backbone_module, "BACKBONES", [*backbone_module.BACKBONES, NAME])
 
 
 def released(in_channels: int = 4, model: str = "DiT-T/2") -> DiT:
@@ -87,6 +81,40 @@ def test_a_wrong_conversion_is_caught(bug: Any) -> None:
     assert conversion_error(theirs, converted(theirs, bug)) > 1e-3
 
 
+# In double precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinusoids in double precision of the same frequencies, so that nothing is left but what the conversion itself does."""
+
+    def sinusoids(t: Tensor) -> Tensor:
+        angles = t[:, None].double() * timestep_frequencies().double()  # (N, 128)
+        return torch.cat((angles.cos(), angles.sin()), dim=1)  # (N, 256)
+
+    monkeypatch.setattr(TimestepEmbedder, "sinusoids", staticmethod(sinusoids))
+
+
+def in_double(state: Mapping[str, Tensor], backbone: Backbone) -> DiT:
+    model = network("dense", backbone).double()
+    model.load_state_dict(state)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("exact_times")
+@pytest.mark.parametrize(("channels", "model"), [(4, "DiT-T/2"), (3, "DiT-48x8x4/4")])
+def test_the_conversion_is_exact(channels: int, model: str) -> None:
+    theirs = released(channels, model).double()
+    ours = tiny(model, in_channels=channels, **FLOW)
+    converted_state = from_sit(theirs.state_dict())
+    assert {value.dtype for value in converted_state.values()} == {torch.float64}
+    assert conversion_error(theirs, in_double(converted_state, ours)) < 1e-12
+    # The known-bad variant: converted, and so rounded, in single precision.
+    rounded = from_sit({name: value.float() for name, value in theirs.state_dict().items()})
+    assert conversion_error(theirs, in_double(rounded, ours)) > 1e-9
+
+
 @torch.no_grad()
 def test_the_conversion_is_its_own_inverse() -> None:
     state = {key: value.double() for key, value in network("dense", tiny(**FLOW)).state_dict().items()}
@@ -141,7 +169,29 @@ def test_what_sit_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="SiT embeds the flow time itself; leave out --time-scale 1000"):
         as_ours(Weights(released().state_dict(), "file"), NAME, 1000.0)
     with pytest.raises(InputError, match="--objective flow predicts no variance"):
-        Backbone.named("SiT-S/2", (16, 16), objective="flow")
+        Backbone.named("SiT-S/2", (16, 16), learn_sigma=True)
+    with pytest.raises(InputError, match="SiT-S/2 is a backbone of --objective flow; for ddpm give --model DiT-S/2"):
+        Backbone.named("SiT-S/2", (16, 16), objective="ddpm")
+    with pytest.raises(InputError, match="SiT-S/2 is a backbone of --objective flow"):
+        recognized(as_ours(Weights(released().state_dict(), "file"), NAME), "SiT-S/2", (16, 16), "ddpm")
+
+
+@pytest.mark.parametrize("key", ["t_embedder.mlp.0.weight", "final_layer.linear.weight", "final_layer.linear.bias"])
+def test_a_sit_that_is_not_whole_is_refused_by_its_keys(key: str) -> None:
+    state = {name: value for name, value in released().state_dict().items() if name != key}
+    plan = blueprint("dense", tiny(learn_sigma=False, objective="flow", time_scale=1.0), {})
+    with pytest.raises(InputError, match=f"missing: {key}"):
+        fit_weights(as_ours(Weights(state, "file"), NAME), plan)
+    odd = {**released().state_dict(), "t_embedder.mlp.0.weight": torch.zeros(48, 255)}
+    with pytest.raises(InputError, match=r"of another shape: .*t_embedder\.mlp\.0\.weight"):
+        fit_weights(as_ours(Weights(odd, "file"), NAME), plan)
+
+
+def test_half_precision_is_not_rounded_twice() -> None:
+    state = {key: value.half() for key, value in released().state_dict().items()}
+    converted = as_ours(Weights(state, "file"), NAME).state["t_embedder.mlp.0.weight"]
+    exact = as_ours(Weights({key: value.float() for key, value in state.items()}, "file"), NAME).state
+    assert torch.equal(converted, exact["t_embedder.mlp.0.weight"])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import SPRINT, Backbone, Plan, create_model
 from models.sprint import GROUPS, Rotation, SPRINTOptions, draw_kept, kept_tokens, middle_plan
+from models.weights import export
+from runtime.checkpoint import Weights
 from runtime.config import InputError
 from runtime.execution import Execution, Executor
-from runtime.networks import blueprint
+from runtime.networks import blueprint, build_with, method_name, recognized
+from runtime.sampling import sample_latents
+from runtime.sampling_settings import SamplingSettings, sampling_cost
 from runtime.seeding import Keys, uniform
 from tests.models.random_networks import counted_macs, distance, inputs, network, tiny
 from tests.models.random_networks import one_thread as one_thread
@@ -269,15 +274,74 @@ def test_macs_with_and_without_drop_are_exact(name: str, ratio: float) -> None:
     assert model.macs(model.cheap_plan(0)) < model.macs(dropped) < model.macs(model.plan(0))
 
 
-def test_path_drop_guidance_costs_what_the_paper_says() -> None:
-    """By hand for XL/2 at 256: 28 blocks of 256 tokens of width 1152, of which 24 fall out of one half."""
-    model, width, tokens = blueprint("sprint", Backbone.named("DiT-XL/2", (32, 32), **FLOW), {}), 1152, 256
+def by_hand() -> tuple[int, int]:
+    """A pass of XL/2 at 256, whole and cheap: 28 blocks of 256 tokens of width 1152, of which the cheap pass runs 4."""
+    width, tokens = 1152, 256
     block = tokens * 12 * width**2 + 2 * tokens**2 * width + 6 * width**2
     outside = tokens * 16 * width * 2 + 256 * width + width**2 + 2 * width**2 + tokens * 2 * width**2
-    full, cheap = 28 * block + outside, 4 * block + outside
+    return 28 * block + outside, 4 * block + outside
+
+
+def test_path_drop_guidance_costs_what_the_paper_says() -> None:
+    model, (full, cheap) = blueprint("sprint", Backbone.named("DiT-XL/2", (32, 32), **FLOW), {}), by_hand()
     assert (model.macs(model.plan(0)), model.macs(model.cheap_plan(0))) == (full, cheap)
     assert (full + cheap) / (2 * full) == pytest.approx(0.274 / 0.477, abs=0.001)
     assert 2 * 2 * full / 1e12 == pytest.approx(0.477, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "whole", "cheaper"),
+    [
+        ({}, 10, 10),
+        ({"guidance_interval": (0.25, 0.65)}, 10, 4),  # .6 .5 .4 .3 of 1 .9 ... .1
+        ({"sampler": "heun", "guidance_interval": (0.25, 0.65)}, 20, 8),
+        ({"cfg_scale": 1.0}, 10, 0),
+        ({"guidance": "classifier-free"}, 20, 0),  # the known-bad variant: both halves whole
+    ],
+    ids=str,
+)
+def test_a_picture_under_path_drop_costs_what_it_does_by_hand(chosen: dict[str, Any], whole: int, cheaper: int) -> None:
+    model, (full, cheap) = blueprint("sprint", Backbone.named("DiT-XL/2", (32, 32), **FLOW), {}), by_hand()
+    usual = SamplingSettings(guidance="path-drop", sampler="euler", num_sampling_steps="10")
+    cost = sampling_cost(model, replace(usual, **chosen))
+    assert (cost.passes, cost.macs) == (whole + cheaper, whole * full + cheaper * cheap)
+
+
+# Released weights ----------------------------------------------------------------------------------------------------
+
+
+def released(latent_size: tuple[int, int]) -> tuple[SPRINT, Weights]:
+    """A network that was trained dropping any tokens, and its weights as SPRINT's authors name them."""
+    model = sprint(tiny(latent_size=latent_size, **FLOW), encoder_blocks=3, decoder_blocks=1, drop_pattern="random")
+    return model, Weights(export(model, model.released_layout), "file")
+
+
+@pytest.mark.parametrize("latent_size", [(10, 14), (10, 10), (16, 16)])
+def test_released_weights_for_any_map_are_recognized_and_sample(latent_size: tuple[int, int]) -> None:
+    """5 x 7 tokens have no groups, which the default drop of training would refuse."""
+    original, weights = released(latent_size)
+    plan = recognized(weights, "DiT-T/2", latent_size)
+    assert method_name(plan) == "sprint"
+    assert (plan.options.encoder_blocks, plan.options.decoder_blocks, plan.options.drop_ratio) == (3, 1, 0.0)
+    ours, loading = build_with(plan, weights)
+    assert loading.new == loading.notes == loading.warnings == ()
+    index, settings = torch.arange(2), SamplingSettings(guidance="path-drop", num_sampling_steps="3")
+    pictures, same = (sample_latents(one, settings, index, index, 0, torch.device("cpu")) for one in (ours, original))
+    assert pictures.std() > 0.1
+    assert torch.equal(pictures, same)
+
+
+def test_an_odd_map_under_the_drop_of_training_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known-bad variant: options of the layout without what training dropped, which the defaults then say."""
+    recognize = SPRINT.recognize
+
+    def planted(shapes: Any) -> Any:
+        layout, options = recognize(shapes) or ("", {})
+        return layout, {name: value for name, value in options.items() if name != "drop_ratio"}
+
+    monkeypatch.setattr(SPRINT, "recognize", planted)
+    with pytest.raises(InputError, match="into which the 5 x 7 map"):
+        recognized(released((10, 14))[1], "DiT-T/2", (10, 14))
 
 
 # Execution -----------------------------------------------------------------------------------------------------------
@@ -302,9 +366,16 @@ def test_a_rotation_in_bf16_would_be_worse() -> None:
     """The known-bad variant: its products rounded on the way, beside the one rounding before attention."""
     table, vectors = Rotation(*(part.float() for part in angles(32, 6))), torch.randn(2, 4, 32, 12)
     exact = table.turn(vectors)
-    once, often = table.turn(vectors).bfloat16(), Rotation(*(part.bfloat16() for part in table)).turn(vectors.bfloat16())
-    errors = [float((turned.float() - exact).norm() / exact.norm()) for turned in (once, often)]
+    assert torch.allclose(turned(table, vectors), exact, atol=1e-6)
+    once, often = exact.bfloat16(), turned(Rotation(*(part.bfloat16() for part in table)), vectors.bfloat16())
+    errors = [float((rounded.float() - exact).norm() / exact.norm()) for rounded in (once, often)]
     assert errors[1] > 1.5 * errors[0]
+
+
+def turned(table: Rotation, vectors: Tensor) -> Tensor:
+    """The rotation product by product, in the vectors' own precision."""
+    even, odd = vectors[..., ::2], vectors[..., 1::2]
+    return torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=4).flatten(3)
 
 
 def angles(tokens: int, pairs: int) -> tuple[Tensor, Tensor]:

@@ -380,3 +380,15 @@ def test_a_hub_id_without_network_is_refused(tmp_path: Path, monkeypatch: pytest
     message = unreadable("facebook/DiT-XL-2-256")
     assert "cannot be had from the hub" in message
     assert "give their path" in message
+
+
+@pytest.mark.parametrize("header", [[], "x", {"step": "x"}, {"step": -1}, {"step": 1.5}, {"step": None}, {"network": "x"},
+                                    {"step": 1, "settings": []}, {"data": [1]}])  # fmt: skip
+def test_a_header_of_another_kind_is_damaged(header: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, {"model/a": torch.ones(1)}, header)
+    for read in (read_header, lambda path: read_weights(str(path))):
+        with pytest.raises(InputError, match=r"x\.safetensors: the checkpoint's header is damaged; copy the file again"):
+            read(path)
+    save_checkpoint(path, {"model/a": torch.ones(1)}, {"step": 0, "settings": {}, "network": {}, "data": {}})
+    assert read_weights(str(path)).header is not None

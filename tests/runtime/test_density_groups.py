@@ -124,6 +124,16 @@ def chi_square(timesteps: Tensor) -> float:
 LOGIT_NORMAL = FlowObjective("logit-normal")
 
 
+def test_a_group_s_share_is_any_number() -> None:
+    """Not a thousandth: logit-normal times below the first one's would never be drawn."""
+    shares = list[float]()
+    for step in range(200):
+        group_timestep(0, step, 0, 4, lambda share: shares.append(share) or 0)
+    within = np.array(shares) * TIMESTEPS % 1
+    assert scipy.stats.kstest(within, "uniform").pvalue > 1e-3
+    assert scipy.stats.kstest(shares, "uniform").pvalue > 1e-3
+
+
 def flow_times(
     density: TokenDensity, groups: int, count: int, timestep_at: Callable[[float], int], turn: bool = True
 ) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -149,8 +150,8 @@ def test_the_compiler_keeps_the_numbers() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_sprint_has_one_graph_for_each_number_of_tokens(graphs: Graphs) -> None:
-    """Eight blocks alike; the two plans of path-drop guidance run the same graph, and drop a second one in training."""
+def test_both_halves_of_path_drop_guidance_run_one_graph(graphs: Graphs) -> None:
+    """Four blocks alike, two of which the cheap plan leaves out: every block that runs sees the full map."""
     model = network("sprint", tiny("DiT-16x4x2/2"), {"encoder_blocks": 1, "decoder_blocks": 1})
     executor = Executor(copy.deepcopy(model), Execution(CPU, compile="default"))
     with torch.no_grad():
@@ -238,25 +239,36 @@ def test_the_kernel_that_was_asked_for_computes_the_same(method: str, kernel: st
 # Nothing is read back ------------------------------------------------------------------------------------------------
 
 
-def sample_without_values(sampler: str, **how: Any) -> None:
+FLOW: dict[str, Any] = {"learn_sigma": False, "objective": "flow", "time_scale": 1.0}
+LOOPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ddpm": ("sparsedit", {}, {"density": "3,2@0,500"}),
+    "ddim": ("sparsedit", {}, {"density": "3,2@0,500"}),
+    "euler": ("sprint", FLOW, {}),
+    "euler-maruyama": ("sprint", FLOW, {}),
+}
+"""Sampler -> method, sizes and options of a network for it; SPRINT is guided by path-drop."""
+every_loop = pytest.mark.parametrize("sampler", LOOPS)
+
+
+def sample_without_values(sampler: Any, **how: Any) -> None:
     """The whole loop of sampling on the meta device, whose tensors have no values: any read raises."""
+    method, sizes, options = LOOPS[sampler]
     with META:
-        model = create_model("sparsedit", tiny(), {"density": "3,2@0,500"}).eval()
-    settings = SamplingSettings(4.0, guidance_interval=(0.2, 0.7), num_sampling_steps="8", sampler=sampler)  # type: ignore[arg-type]
+        model = create_model(method, tiny(**sizes), options).eval()
+    settings = SamplingSettings(4.0, guidance_interval=(0.2, 0.7), num_sampling_steps="8", sampler=sampler)
+    if method == "sprint":
+        settings = replace(settings, guidance="path-drop")
     index = torch.empty(3, dtype=torch.long, device="meta")
     result = sample_latents(model, settings, index, index, 0, META, Executor(model, Execution(META, **how)))
     assert result.shape == (3, 4, 16, 16)
 
 
-every_sampler = pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-
-
-@every_sampler
+@every_loop
 def test_sampling_reads_nothing_back_from_the_device(sampler: str) -> None:
     sample_without_values(sampler)
 
 
-@every_sampler
+@every_loop
 def test_a_read_is_caught(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = DiT.forward
 

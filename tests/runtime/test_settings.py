@@ -229,3 +229,21 @@ def test_a_checkpoint_from_before_a_setting_existed() -> None:
     del saved["density_groups"]  # then all timesteps had one token count: one group
     assert changed(saved, TrainingSettings(density_groups=1)) == []
     assert changed(saved, TrainingSettings(density_groups=4)) == ["density_groups (1, not 4)"]
+
+
+@pytest.mark.parametrize(
+    ("words", "objective"),
+    [
+        ([], "ddpm"),
+        (["--method", "dense"], "ddpm"),
+        (["--method", "sprint"], "flow"),
+        (["--model", "SiT-XL/2"], "flow"),
+        (["--method", "sprint", "--objective", "ddpm"], "ddpm"),
+        (["--objective", "flow"], "flow"),
+    ],
+)
+def test_the_objective_is_the_published_one_unless_given(words: list[str], objective: str) -> None:
+    settings, _ = parse_training(words)
+    assert (settings.objective, settings.learn_sigma) == (objective, objective == "ddpm")
+    assert settings.flow_times == ("logit-normal" if objective == "flow" else None)
+    assert settings.min_snr_gamma == (5.0 if objective == "ddpm" and settings.method == "sparsedit" else None)
