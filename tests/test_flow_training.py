@@ -206,7 +206,7 @@ def test_from_noise_to_velocity_and_not_back_without_a_word(words: list[str], tm
         (["--flow-times", "uniform"], ["--flow-times is no setting of --objective ddpm; leave it out."]),
         (["--objective", "flow", "--learn-sigma"], ["--objective flow predicts no variance"]),
         (["--time-scale", "0"], ["--time-scale is 0; it must be 0.001 to 1,000,000."]),
-        (["--time-scale", "-1"], ["--time-scale is -1.0; it must be above 0"]),
+        (["--time-scale", "-1"], ["--time-scale is -1; it must be 0.001"]),
         (
             ["--objective", "flow", "--sample-steps", "10,15,20"],
             ["'10,15,20' are not understood: under flow give"],
