@@ -218,7 +218,7 @@ class SPRINT(DiT):
         encoder, decoder = self.blocks[: self.options.encoder_blocks], self.blocks[-self.options.decoder_blocks :]
         encoded = run(encoder, tokens, rotation, condition)  # (N, T, D)
         # Without draws nothing is dropped.
-        kept = None if draws is None or count == self.backbone.tokens else draws["kept"]  # (N, K)
+        kept = draws["kept"] if draws is not None and 0 < count < self.backbone.tokens else None  # (N, K)
         deep = self.run_middle(encoded, rotation, condition, kept) if count else self.mask_token.expand_as(encoded)
         if draws is not None:
             deep = torch.where(draws["path_drop"][:, None, None], self.mask_token, deep)  # (N, T, D)
