@@ -10,17 +10,15 @@ import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffusion.denoising import Callback, Denoise, StepNoise
 from diffusion.schedule import TIMESTEPS, Timesteps, plan_timestep
 from runtime.config import InputError
-from runtime.seeding import Keys, normal, uniform
-
-if TYPE_CHECKING:
-    from diffusion.samplers import Callback, Denoise, StepNoise
+from runtime.seeding import Keys, exact_type, normal, uniform
 
 LAST_NOISY_TIMESTEP = 40
 """Where Euler-Maruyama's noisy steps end; the rest of the way is one step."""
@@ -73,7 +71,7 @@ class FlowObjective:
         What each sample draws is a function of its key and of `timesteps`.
         """
         drawn = range(TIMESTEPS) if timesteps is None else timesteps
-        exact = best_type(x0.device)
+        exact = exact_type(x0.device)
         bounds = torch.stack([torch.as_tensor(bound, device=x0.device) for bound in (drawn.start, drawn.stop)])  # (2,)
         first, last = share_below(self.times, bounds.to(exact) / TIMESTEPS)  # () each
         within = (keys.index % self.strata + uniform(keys, "time").to(exact)) / self.strata  # (N,)
@@ -128,11 +126,6 @@ def euler_maruyama_timesteps(steps: str) -> list[float]:
     return noisy_ends(step_count(steps))[:-1]
 
 
-def best_type(device: torch.device) -> torch.dtype:
-    """float64, in which the state of a sampler is kept, or float32 where the device has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def asking(denoise: Denoise) -> Callable[[Tensor, float], Tensor]:
     """The velocity at (x, timestep): the network sees float32, and its answer is as exact as x."""
     return lambda x, timestep: denoise(x.float(), timestep).to(x.dtype)
@@ -141,7 +134,7 @@ def asking(denoise: Denoise) -> Callable[[Tensor, float], Tensor]:
 @torch.no_grad()
 def euler(denoise: Denoise, noise: Tensor, steps: int, callback: Callback | None = None) -> Tensor:
     """The probability flow by Euler's method, of order 1. noise (N, C, H, W) -> latents (N, C, H, W) float64"""
-    x, velocity = noise.to(best_type(noise.device)), asking(denoise)
+    x, velocity = noise.to(exact_type(noise.device)), asking(denoise)
     for step, (start, end) in enumerate(pairwise(even_ends(steps))):
         v, time = velocity(x, start), start / TIMESTEPS
         x0 = x - time * v
@@ -154,7 +147,7 @@ def euler(denoise: Denoise, noise: Tensor, steps: int, callback: Callback | None
 @torch.no_grad()
 def heun(denoise: Denoise, noise: Tensor, steps: int, callback: Callback | None = None) -> Tensor:
     """The probability flow by Heun's method, of order 2, which asks twice a step. noise, latents (N, C, H, W) float64"""
-    x, velocity = noise.to(best_type(noise.device)), asking(denoise)
+    x, velocity = noise.to(exact_type(noise.device)), asking(denoise)
     for step, (start, end) in enumerate(pairwise(even_ends(steps))):
         v, time, length = velocity(x, start), start / TIMESTEPS, (end - start) / TIMESTEPS
         x0 = x - time * v
@@ -172,7 +165,7 @@ def euler_maruyama(
 
     `step_noise` is asked once per step but the last, which follows the drift alone.
     """
-    x, velocity = noise.to(best_type(noise.device)), asking(denoise)
+    x, velocity = noise.to(exact_type(noise.device)), asking(denoise)
     for step, (start, end) in enumerate(pairwise(noisy_ends(steps))):
         v, time, length = velocity(x, start), start / TIMESTEPS, (end - start) / TIMESTEPS
         x0, score = x - time * v, (-(1 - time) * v - x) / time  # the denominator is t^2 + (1 - t) t

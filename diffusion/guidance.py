@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from diffusion.samplers import Denoise
+from diffusion.denoising import Denoise
 from diffusion.schedule import TIMESTEPS, plan_timestep
 from runtime.config import InputError
 

@@ -1,8 +1,6 @@
 """Samplers: pure functions from noise to latents over an already guided denoiser. They know timesteps, not methods.
 
-`denoise(x, timestep)` receives the latents (N, C, H, W) float32 and the timestep, equal for the whole batch: an int, the
-original one; under flow any number, 1000 times the flow time. It returns epsilon and, where the network has them, the variance
-channels, (N, C or 2C, H, W); under flow the velocity (N, C, H, W). Nothing here reads a tensor back from the device.
+Nothing here reads a tensor back from the device.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from diffusion.denoising import Callback, Denoise, StepNoise
 from diffusion.flow import (
     euler,
     euler_maruyama,
@@ -26,10 +25,6 @@ from diffusion.flow import (
 from diffusion.gaussian import predicted_moments, predicted_x0, split_output
 from diffusion.schedule import NoiseSchedule, respaced_timesteps
 from runtime.config import InputError
-
-Denoise = Callable[[Tensor, float], Tensor]
-StepNoise = Callable[[int], Tensor]  # k -> the k-th standard normal noise that is added, (N, C, H, W), k = 0, 1, ...
-Callback = Callable[[int, Tensor, Tensor], None]  # after each step: its number 0, 1, ..., the latents, the predicted x0
 
 
 @torch.no_grad()

@@ -23,6 +23,11 @@ _WITHOUT_FLOAT64 = {"mps"}
 """Kinds of device that have no float64: their draws are made on the CPU and copied."""
 
 
+def exact_type(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no other."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
 @dataclass(frozen=True)
 class Keys:
     """Names the draws of a batch: one seed, one step, one index per sample (its place in the global batch or sample set)."""
