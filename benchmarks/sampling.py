@@ -26,6 +26,7 @@ from benchmarks.result import Row, Work, heading, rows_of, table
 from benchmarks.timing import interleaved
 from data.latents import Codec, CodecSpec, load_codec, resolve_codec
 from diffusion.guidance import GUIDANCE, Interval, Predict, check_guidance
+from diffusion.samplers import SamplerName
 from models import DiT
 from runtime.config import InputError, option
 from runtime.decoding import make_decoder
@@ -45,7 +46,7 @@ class SampleSettings(ExecutionSettings, NetworkSettings, DeviceSettings):
     steps: int = option(250, "sampling steps of a picture")
     timed_steps: int | None = option(None, "how many of them a round runs, evenly spread; none: 25 on a GPU, 4 on a CPU")
     cfg_scale: float = option(1.5, "guidance scale")
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "euler-maruyama"] | None = option(None, "as sample.py --sampler")
+    sampler: SamplerName | None = option(None, "as sample.py --sampler")
     guidance: Literal["path-drop"] | None = option(
         None, "also measure the method with this guidance, as sample.py, beside classifier-free"
     )

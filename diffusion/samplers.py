@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -105,7 +105,10 @@ def respaced(steps: str) -> NoiseSchedule:
     return NoiseSchedule.linear().respaced(steps)
 
 
-SAMPLERS: dict[str, Sampler] = {
+SamplerName = Literal["ddpm", "ddim", "euler", "heun", "euler-maruyama"]
+"""The names in SAMPLERS."""
+
+SAMPLERS: dict[SamplerName, Sampler] = {
     "ddpm": Sampler(
         "ddpm",
         ancestral_timesteps,
@@ -137,5 +140,5 @@ SAMPLERS: dict[str, Sampler] = {
 }
 """Every sampler by name."""
 
-PUBLISHED = {"ddpm": "ddpm", "flow": "euler-maruyama"}
+PUBLISHED: dict[str, SamplerName] = {"ddpm": "ddpm", "flow": "euler-maruyama"}
 """The sampler of each objective's published scores."""

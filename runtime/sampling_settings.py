@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 from diffusion.guidance import GUIDANCE, Interval
-from diffusion.samplers import PUBLISHED, SAMPLERS, Sampler
+from diffusion.samplers import PUBLISHED, SAMPLERS, Sampler, SamplerName
 from diffusion.schedule import plan_timestep
 from models import DiT
 from runtime.config import InputError, option
@@ -31,7 +31,7 @@ class SamplingSettings:
         "unconditional half; none: all",
         words=("LOW", "HIGH"),
     )
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "euler-maruyama"] | None = option(
+    sampler: SamplerName | None = option(
         None,
         "of networks trained under ddpm: ddpm, ancestral sampling, or ddim with eta 0; under flow: euler or heun (two "
         "passes a step) along the ODE, or euler-maruyama along the SDE; none: as published, ddpm and euler-maruyama",
@@ -51,7 +51,7 @@ class SamplingSettings:
             fitting = ", ".join(name for name, one in SAMPLERS.items() if one.objective == objective)
             raise InputError(f"--sampler {sampler} is not for networks trained under {objective}; choose from {fitting}.")
         channels = self.guidance_channels or ("3" if objective == "ddpm" else "all")
-        return replace(self, sampler=sampler, guidance_channels=channels)  # type: ignore[arg-type]
+        return replace(self, sampler=sampler, guidance_channels=channels)
 
 
 def guided_channels(settings: SamplingSettings) -> int | None:

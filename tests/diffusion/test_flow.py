@@ -21,6 +21,7 @@ from diffusion.schedule import Timesteps, plan_timestep
 from runtime.config import InputError
 from runtime.seeding import Keys
 from tests.diffusion.gaussian_data import SHAPE, FlowData, flow_data, largest_z_score
+from tests.models.random_networks import one_thread as one_thread
 
 LAWS: dict[Times, Any] = {
     "uniform": scipy.stats.uniform().cdf,
@@ -28,14 +29,6 @@ LAWS: dict[Times, Any] = {
 }
 every_law = pytest.mark.parametrize("times", list(LAWS))
 COUNT = 20_000
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def mutant(function: Callable[..., Any], right: str, wrong: str) -> Any:

@@ -15,19 +15,11 @@ from diffusion.samplers import SAMPLERS, ddim, ddpm
 from diffusion.schedule import NoiseSchedule
 from runtime.config import InputError
 from tests.diffusion.gaussian_data import SHAPE, GaussianData, diagonal, full, largest_z_score
+from tests.models.random_networks import one_thread as one_thread
 
 COUNT = 20_000
 # Of 14 numbers, each normal; a right sampler passes with probability 1 - 1e-5, and the seeds are fixed.
 LIMIT = 5.0
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny operations: on a busy machine two threads waiting for each other take fifty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def start(seed: int = 0, count: int = COUNT) -> tuple[Tensor, samplers.StepNoise]:
